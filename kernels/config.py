@@ -1,0 +1,71 @@
+"""Pinned tile configurations, per architecture and shape class.
+
+Nothing is tuned at run time: the same shape on the same architecture always runs the same code, so that results
+repeat bit for bit. The sm_90 choices follow from what the compiler makes of them (registers, spills, shared memory);
+tests hold every entry to that.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile shape, raster and pipeline of one GEMM launch. `tma` picks the persistent TMA main loop."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    GROUP_M: int = 8
+
+    def tiles(self, M: int, N: int) -> int:
+        return -(-M // self.BLOCK_M) * -(-N // self.BLOCK_N)
+
+
+# Each list runs from the largest tile to the smallest. BLOCK_N >= 64 throughout: the bit mask packs 64 columns.
+TMA_16BIT = (
+    GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, tma=True),
+)
+POINTER_16BIT = (
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=4),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
+    GemmConfig(16, 64, 128, num_warps=4, num_stages=3),
+)
+POINTER_TF32 = (
+    GemmConfig(128, 64, 32, num_warps=4, num_stages=3),
+    GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
+    GemmConfig(16, 64, 64, num_warps=4, num_stages=3),
+)
+# Without tensor cores: products on the ordinary units, held in registers.
+POINTER_IEEE = (
+    GemmConfig(64, 64, 16, num_warps=8, num_stages=2),
+    GemmConfig(16, 64, 32, num_warps=4, num_stages=2),
+)
+ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
+
+# A host-side tensor descriptor costs about as much as 20 GFLOP of tensor-core work.
+TMA_MIN_FLOPS = 20_000_000_000
+MAX_SPLIT_K = 32
+MIN_K_PER_SPLIT = 256
+
+
+def select_gemm(
+    M: int, N: int, K: int, *, itemsize: int, tensor_cores: bool, tma: bool, split_k: bool, num_sms: int
+) -> tuple[GemmConfig, int]:
+    """The largest pinned tile that still gives every multiprocessor one, and how many ranges K is cut into.
+
+    `tma`: the operands can be described to the TMA unit and the device has one. `split_k`: partial sums over ranges
+    of K are allowed.
+    """
+    if itemsize == 2:
+        configs = TMA_16BIT if tma and 2 * M * N * K >= TMA_MIN_FLOPS else POINTER_16BIT
+    else:
+        configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
+    fitting = [c for c in configs if c.BLOCK_M < 2 * M and c.BLOCK_N < max(2 * N, 65)] or [configs[-1]]
+    max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT)) if split_k else 1
+    config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
+    return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))

@@ -1,0 +1,88 @@
+"""What happens to a GEMM tile between the accumulator and memory.
+
+An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments and the tile's corner, may
+store side results, and returns the tile to be stored. Optional tensors are None.
+
+The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row stands for
+column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, so packing needs no shuffles.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import tile_pointers
+
+
+def bitmask_width(N: int) -> int:
+    """Bytes per row of the bit mask of N columns."""
+    return -(-N // 64) * 8
+
+
+@triton.jit
+def _pack_bits(active, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bits = tl.reshape(active.to(tl.int32), (BLOCK_M, BLOCK_N // 64, 8, 8))
+    packed = tl.sum(bits << tl.arange(0, 8)[None, None, :, None], axis=2)
+    return tl.reshape(packed, (BLOCK_M, BLOCK_N // 8)).to(tl.uint8)
+
+
+@triton.jit
+def _unpack_bits(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    grouped = tl.reshape(packed.to(tl.int32), (BLOCK_M, BLOCK_N // 64, 1, 8))
+    bits = (grouped >> tl.arange(0, 8)[None, None, :, None]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def _add_bias(acc, bias_ptr, col, N, BLOCK_N: tl.constexpr):
+    if bias_ptr is None:
+        return acc
+    else:
+        offs_n = col + tl.arange(0, BLOCK_N)
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+        return acc + bias.to(acc.dtype)[None, :]
+
+
+@triton.jit
+def identity(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return acc
+
+
+@triton.jit
+def bias_act(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bias_ptr, act = args
+    return act(_add_bias(acc, bias_ptr, col, N, BLOCK_N))
+
+
+@triton.jit
+def bias_act_bitmask(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bias_ptr, act, active, bits_ptr, stride_bits = args
+    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
+    packed = _pack_bits(active(preact), BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
+    tl.store(ptrs, packed, mask=mask)
+    return act(preact)
+
+
+@triton.jit
+def bias_act_preact(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bias_ptr, act, preact_ptr, stride_preact = args
+    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
+    ptrs, mask = tile_pointers(preact_ptr, row, col, M, N, stride_preact, 1, BLOCK_M, BLOCK_N)
+    tl.store(ptrs, preact.to(preact_ptr.dtype.element_ty), mask=mask)
+    return act(preact)
+
+
+@triton.jit
+def dact_bitmask(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    dact, bits_ptr, stride_bits = args
+    ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
+    packed = tl.load(ptrs, mask=mask, other=0)
+    return dact(acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def dact_saved(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    dact, saved_ptr, stride_saved = args
+    ptrs, mask = tile_pointers(saved_ptr, row, col, M, N, stride_saved, 1, BLOCK_M, BLOCK_N)
+    saved = tl.load(ptrs, mask=mask, other=0.0)
+    return dact(acc, saved.to(acc.dtype))

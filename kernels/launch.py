@@ -1,0 +1,181 @@
+"""Which backend serves a tensor, what arguments must be, and how a kernel is launched."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when a kernel is decorated, so one answer holds for the whole process.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def _checked_backend(name: str, origin: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ValueError(f"{origin}: {name!r} is not one of {', '.join(get_args(Backend))}")
+    return name  # pyright: ignore[reportReturnType]
+
+
+_requested: Backend = _checked_backend(os.environ.get("FUSEMLP_BACKEND", "auto"), "FUSEMLP_BACKEND")
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Have "triton" or "torch" serve every tensor inside the `with` block, or let "auto" choose.
+
+    Holds for the whole process, autograd's threads included. Raises ValueError for another name.
+    """
+    global _requested
+    before, _requested = _requested, _checked_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The code that serves an operation, and why."""
+
+    backend: Literal["triton", "torch"]
+    reason: str
+
+
+def explain(*tensors: Tensor | None) -> Choice:
+    """Which code serves an operation on these tensors, and why.
+
+    Raises RuntimeError if the Triton backend was asked for by name and cannot run on them.
+    """
+    given = [t for t in tensors if t is not None]
+    first = given[0]
+    if _requested == "torch":
+        return Choice("torch", "asked for by name")
+    if not HAS_TRITON:
+        return Choice("torch", "Triton is not installed")
+    if any(t.numel() == 0 for t in given):
+        return Choice("torch", "an empty tensor launches nothing")
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
+        return Choice("torch", "a tensor subclass dispatches by itself")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
+    if first.is_cuda:
+        if _requested == "triton":
+            return Choice("triton", "asked for by name")
+        return _measured_best(first)
+    if _requested == "triton":
+        if INTERPRET and first.device.type == "cpu":
+            return Choice("triton", "asked for by name; runs in Triton's interpreter")
+        raise RuntimeError(
+            f"backend: 'triton' was asked for and the tensors are on {first.device}; it needs CUDA tensors, or CPU "
+            "tensors and TRITON_INTERPRET=1 set before fusemlp is imported"
+        )
+    return Choice("torch", f"tensors on {first.device.type} are served by PyTorch")
+
+
+def _measured_best(x: Tensor) -> Choice:
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return Choice("torch", "kernels need compute capability 8.0")
+    if x.dtype == torch.float64:
+        return Choice("torch", "float64 products are cuBLAS's")
+    if x.dtype == torch.float32 and not tf32_allowed():
+        return Choice("torch", "float32 products at full precision have no tensor-core path: cuBLAS's")
+    return Choice("triton", "tensor cores")
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may be rounded to TF32, by `torch.set_float32_matmul_precision`."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def check_linear_chain(
+    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, str | None]], activations: Collection[str | None]
+) -> None:
+    """Refuse what a chain of linear layers, each (weight, bias, activation), cannot compute, naming the argument.
+
+    input (*, in_features), weight (out_features, in_features), bias (out_features,) or None: of one floating dtype, on
+    one device. Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or activation.
+    """
+    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
+    features = input.shape[-1] if input.dim() else None
+    for weight, bias, activation in layers:
+        if activation not in activations:
+            raise ValueError(f"activation: {activation!r}; allowed are {', '.join(map(repr, activations))}")
+        if weight.dim() != 2:
+            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (out_features, in_features)")
+        if features != weight.shape[1]:
+            raise ValueError(
+                f"input: shape {tuple(input.shape)}; a weight of shape {tuple(weight.shape)} takes "
+                f"in_features = {weight.shape[1]}, and gets {features}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: shape {tuple(bias.shape)}; expected (out_features,) = ({weight.shape[0]},)")
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            if parameter is None:
+                continue
+            if parameter.dtype != input.dtype:
+                raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} (see torch.autocast)")
+            if parameter.device != input.device:
+                raise ValueError(f"{name}: on {parameter.device}; must be on input's device, {input.device}")
+        features = weight.shape[0]
+
+
+def check_addressable(*tensors: Tensor) -> None:
+    """Refuse tensors without memory of their own (DTensor, fake and asynchronous ones): a kernel takes pointers."""
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(f"{type(t).__name__} has no memory to point a kernel at; pass its local tensor")
+
+
+@functools.lru_cache
+def has_tma(device: torch.device) -> bool:
+    """Whether the device copies tiles with the TMA unit (the interpreter emulates one)."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.lru_cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the device. The interpreter pretends to have 2, so that persistent loops loop."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+    """Launch `kernel` on the tensors' device and its current stream."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs, 1, 1)](*args, **meta)
+    else:
+        kernel[(programs, 1, 1)](*args, **meta)
+
+
+Launcher = TypeVar("Launcher", bound=Callable[..., list[Tensor]])
+
+
+def operator(outputs: Callable[..., list[Tensor]]) -> Callable[[Launcher], Launcher]:
+    """Make a launcher one opaque operator for torch.compile; called eagerly it stays a plain function.
+
+    `outputs` takes the launcher's arguments and allocates its results.
+    """
+
+    def decorate(launcher: Launcher) -> Launcher:
+        custom_op = torch.library.custom_op(f"fusemlp::{launcher.__name__}", launcher, mutates_args=())
+        custom_op.register_fake(outputs)
+
+        @functools.wraps(launcher)
+        def call(*args: Any, **kwargs: Any) -> list[Tensor]:
+            if torch.compiler.is_compiling():
+                return custom_op(*args, **kwargs)
+            return launcher(*args, **kwargs)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate

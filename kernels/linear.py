@@ -1,0 +1,134 @@
+"""The linear layer y = act(x w^T + b) and its gradients, as launches of the one GEMM.
+
+    forward   y  = act(x w^T + b)           (M, N) = (M, K) (K, N)
+    dgrad     dx = (dz w) * act'(.)         (M, K) = (M, N) (N, K), act the activation of the layer *below*
+    wgrad     dw = dz^T x,  db = dz^T 1     (N, K) = (N, M) (M, K)
+
+where dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import cost, epilogue, launch
+from .activation import ACTIVATIONS
+from .activation import identity as no_activation
+from .epilogue import bitmask_width
+from .gemm import gemm
+from .tile import load_tile, store_tile
+
+
+def _linear_fwd_outputs(
+    x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None, save: bool = False
+) -> list[Tensor]:
+    y = x.new_empty(x.shape[0], w.shape[0])
+    saves = ACTIVATIONS[activation].saves if save and activation else None
+    if saves == "bitmask":
+        return [y, x.new_empty(x.shape[0], bitmask_width(w.shape[0]), dtype=torch.uint8)]
+    return [y, torch.empty_like(y)] if saves == "preact" else [y]
+
+
+@launch.operator(_linear_fwd_outputs)
+def linear_fwd(
+    x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None, save: bool = False
+) -> list[Tensor]:
+    """y = act(x w^T + b), for x (M, K), w (N, K), b (N,) or None.
+
+    Returns [y] or, with `save` and an activation whose derivative needs more than y, [y, saved]: the bit mask or the
+    preactivation.
+    """
+    y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
+    if not activation:
+        gemm("linear_fwd", x, w.t(), y, epilogue_fn=epilogue.bias_act, epilogue_args=(b, no_activation))
+        return outputs
+    entry = ACTIVATIONS[activation]
+    if not saved:
+        fn, args = epilogue.bias_act, (b, entry.act)
+    elif entry.saves == "bitmask":
+        fn, args = epilogue.bias_act_bitmask, (b, entry.act, entry.active, saved[0], saved[0].stride(0))
+    else:
+        fn, args = epilogue.bias_act_preact, (b, entry.act, saved[0], saved[0].stride(0))
+    gemm("linear_fwd", x, w.t(), y, epilogue_fn=fn, epilogue_args=args)
+    return outputs
+
+
+def _dact_epilogue(activation: str, saved: Tensor):
+    entry = ACTIVATIONS[activation]
+    fn = epilogue.dact_bitmask if entry.saves == "bitmask" else epilogue.dact_saved
+    return fn, (entry.dact, saved, saved.stride(0))
+
+
+def _linear_dgrad_outputs(
+    dz: Tensor, w: Tensor, activation: str | None = None, saved: Tensor | None = None
+) -> list[Tensor]:
+    return [dz.new_empty(dz.shape[0], w.shape[1])]
+
+
+@launch.operator(_linear_dgrad_outputs)
+def linear_dgrad(
+    dz: Tensor, w: Tensor, activation: str | None = None, saved: Tensor | None = None
+) -> list[Tensor]:
+    """[dz w] or, given the activation below and what it saved, [(dz w) * act'(saved)].
+
+    dz (M, N), w (N, K), result (M, K).
+    """
+    outputs = _linear_dgrad_outputs(dz, w, activation, saved)
+    if activation and saved is not None:
+        fn, args = _dact_epilogue(activation, saved)
+        gemm("linear_dgrad", dz, w, *outputs, epilogue_fn=fn, epilogue_args=args)
+    else:
+        gemm("linear_dgrad", dz, w, *outputs)
+    return outputs
+
+
+def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
+    dw = dz.new_empty(dz.shape[1], x.shape[1])
+    return [dw, dz.new_empty(dz.shape[1])] if bias else [dw]
+
+
+@launch.operator(_linear_wgrad_outputs)
+def linear_wgrad(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
+    """[dz^T x] or, with `bias`, [dz^T x, dz^T 1] from one pass. dz (M, N), x (M, K)."""
+    dw, *db = outputs = _linear_wgrad_outputs(dz, x, bias)
+    gemm("linear_wgrad", dz.t(), x, dw, row_sum=db[0] if db else None)
+    return outputs
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    dy_ptr, dz_ptr, epilogue_args, M, N, stride_ym, stride_yn,
+    DACT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    row = tl.program_id(0) // tiles_n * BLOCK_M
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    dy = load_tile(dy_ptr, row, col, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True)
+    dz = DACT(dy.to(ACC_DTYPE), epilogue_args, row, col, M, N, BLOCK_M, BLOCK_N)
+    store_tile(dz_ptr, dz, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
+
+
+ACTIVATION_BWD_BLOCK = (32, 128)
+
+
+def _activation_bwd_outputs(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
+    return [dy.new_empty(dy.shape)]
+
+
+@launch.operator(_activation_bwd_outputs)
+def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
+    """[dy * act'(saved)]: the one pointwise pass, for a gradient that no dgrad of ours produced. dy (M, N)."""
+    (dz,) = outputs = _activation_bwd_outputs(dy, activation, saved)
+    launch.check_addressable(dy)
+    M, N = dy.shape
+    block_m, block_n = ACTIVATION_BWD_BLOCK
+    dact, args = _dact_epilogue(activation, saved)
+    launch.launch(
+        _activation_bwd_kernel, -(-M // block_m) * -(-N // block_n), dy.device,
+        dy, dz, args, M, N, *dy.stride(),
+        DACT=dact, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
+        BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    cost.report("activation_bwd", 0, (dy, saved, dz))
+    return outputs

@@ -1,0 +1,94 @@
+"""Tiles of matrices: their order, how they are loaded and stored, and the one GEMM main loop.
+
+A matrix is named by a pointer with two strides, or by a TMA descriptor; the loop does not care which. Elements
+beyond an edge read as zero and are not written.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Walk the output in bands of GROUP_M tile rows, so that tiles in flight share operands in L2."""
+    band = tile // (GROUP_M * tiles_n)
+    first_m = band * GROUP_M
+    band_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first_m + within % band_m, within // band_m
+
+
+@triton.jit
+def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr):
+    """Pointers to a tile whose corner is (row, col), and the mask of those inside the matrix."""
+    offs_row = row + tl.arange(0, BLOCK_ROW)
+    offs_col = col + tl.arange(0, BLOCK_COL)
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_col.to(tl.int64)[None, :] * stride_col
+    return ptrs, (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+
+
+@triton.jit
+def load_tile(
+    src, row, col, rows, cols, stride_row, stride_col,
+    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, ROW_MAJOR: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        # A descriptor's last dimension is contiguous, so a column-major matrix is described by its transpose.
+        if ROW_MAJOR:
+            tile = src.load([row, col])
+        else:
+            tile = src.load([col, row]).T
+    else:
+        ptrs, mask = tile_pointers(src, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW, BLOCK_COL)
+        tile = tl.load(ptrs, mask=mask, other=0.0)
+    return tile  # [BLOCK_ROW, BLOCK_COL]
+
+
+@triton.jit
+def store_tile(
+    dst, tile, row, col, rows, cols, stride_row,
+    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        dst.store([row, col], tile.to(dst.dtype))
+    else:
+        ptrs, mask = tile_pointers(dst, row, col, rows, cols, stride_row, 1, BLOCK_ROW, BLOCK_COL)
+        tl.store(ptrs, tile.to(dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    if INTERPRET:
+        # The interpreter multiplies the raw bits of bfloat16.
+        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def matmul_tile(
+    a, b, row, col, k_begin, k_end, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROW_SUM: tl.constexpr,
+):  # fmt: skip
+    """One tile of a @ b over [k_begin, k_end) and, with ROW_SUM, the sum of a over the same range."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    row_acc = tl.zeros((BLOCK_M, 16), dtype=ACC_DTYPE)
+    for k in range(k_begin, k_end, BLOCK_K):
+        a_tile = load_tile(a, row, k, M, K, stride_am, stride_ak, BLOCK_M, BLOCK_K, TMA, A_ROW_MAJOR)
+        b_tile = load_tile(b, k, col, K, N, stride_bk, stride_bn, BLOCK_K, BLOCK_N, TMA, B_ROW_MAJOR)
+        acc = dot(a_tile, b_tile, acc, INPUT_PRECISION)
+        if ROW_SUM:
+            if a_tile.dtype.primitive_bitwidth == 16:
+                # On tensor cores, from the operand already in shared memory: no bytes and no shuffles.
+                ones = tl.full((BLOCK_K, 16), 1.0, dtype=ACC_DTYPE).to(a_tile.dtype)
+                row_acc = dot(a_tile, ones, row_acc, INPUT_PRECISION)
+            else:
+                row_acc += tl.sum(a_tile, axis=1)[:, None]
+    # All 16 columns hold the sum; adding them up and dividing would round.
+    first = tl.arange(0, 16)[None, :] == 0
+    return acc, tl.sum(tl.where(first, row_acc, 0.0), axis=1)  # [BLOCK_M, BLOCK_N], [BLOCK_M]

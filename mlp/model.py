@@ -1,0 +1,217 @@
+"""MLP: the Sequential a person would write, run as fused layers wherever nobody can tell."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint as recompute
+
+from . import functional as F
+from . import reference
+from .modules import Linear
+
+Init = Literal["auto", "he", "xavier", "orthogonal", "torch"]
+
+ACTIVATION_MODULES: dict[str | None, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu6": nn.ReLU6,
+}
+SATURATING = ("sigmoid", "tanh")
+
+
+def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
+    """Initialise a linear layer that `activation` follows; biases start at zero except with "torch".
+
+    "he": std sqrt(2 / in_features) (He et al. 2015); "xavier": std sqrt(2 / (in_features + out_features)) (Glorot and
+    Bengio 2010); "orthogonal": Saxe et al. 2014; "torch": torch.nn.Linear's own; "auto": He for ReLU and its
+    relatives, Xavier for saturating activations and none.
+    """
+    if init == "torch":
+        return
+    if init == "auto":
+        init = "xavier" if activation is None or activation in SATURATING else "he"
+    if init == "he":
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    elif init == "xavier":
+        nn.init.xavier_normal_(layer.weight)
+    else:
+        nn.init.orthogonal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class MLP(nn.Sequential):
+    """A multilayer perceptron: Linear[, BatchNorm1d], activation[, Dropout] for each hidden width, then Linear.
+
+    An nn.Sequential with the state_dict keys of the one a person would write; slicing it gives an nn.Sequential.
+
+    Args:
+        in_features: width of the input, (*, in_features); (N, in_features) with batch_norm.
+        hidden_features: width of each hidden layer, every one at least 1; may be empty.
+        out_features: width of the output, (*, out_features).
+        activation: after every hidden layer; see `functional.linear`.
+        batch_norm: normalise between the linear layer and the activation.
+        dropout: probability, in [0, 1], of zeroing an element after the activation; 0 leaves the layer out.
+        bias: whether the linear layers add one.
+        init: "auto", "he", "xavier", "orthogonal" or "torch"; see `init_linear`.
+        checkpoint: keep only each hidden layer's input for backward and compute the rest again.
+        device, dtype: of parameters and buffers.
+
+    Raises ValueError naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        *,
+        activation: str | None = "relu",
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        init: Init = "auto",
+        checkpoint: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        widths = [in_features, *hidden_features, out_features]
+        for name, width in zip(("in_features", *["hidden_features"] * len(hidden_features), "out_features"), widths):
+            if width < 1:
+                raise ValueError(f"{name}: {width}; every width must be at least 1")
+        if activation is not None and activation not in ACTIVATION_MODULES:
+            allowed = ", ".join(map(repr, reference.ACTIVATIONS))
+            raise ValueError(f"activation: {activation!r}; allowed are {allowed}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: {dropout}; must be between 0 and 1")
+        if init not in get_args(Init):
+            raise ValueError(f"init: {init!r}; allowed are {', '.join(map(repr, get_args(Init)))}")
+
+        super().__init__()
+        self.checkpoint = checkpoint
+        for fan_in, fan_out in zip(widths, widths[1:-1], strict=False):
+            self.append(Linear(fan_in, fan_out, bias, device, dtype))
+            if batch_norm:
+                self.append(nn.BatchNorm1d(fan_out, device=device, dtype=dtype))
+            if activation is not None:
+                self.append(ACTIVATION_MODULES[activation]())
+            if dropout:
+                self.append(nn.Dropout(dropout))
+        self.append(Linear(widths[-2], out_features, bias, device, dtype))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                init_linear(layer, init, activation)
+
+    def __getitem__(self, idx: slice | int) -> nn.Module:
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))  # pyright: ignore
+        return super().__getitem__(idx)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.checkpoint or not torch.is_grad_enabled():
+            return run_fused(list(self), input)
+        for block in _hidden_blocks(list(self)):
+            if len(block) == 1:
+                input = run_fused(block, input)
+            else:
+                contexts = partial(_recompute_contexts, block)
+                input = recompute(run_fused, block, input, use_reentrant=False, context_fn=contexts)
+        return input
+
+
+def run_fused(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
+    """What calling the modules in turn computes, with stretches of plain linear layers and activations fused."""
+    layers: list[F.Layer] = []
+    one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
+    position = 0
+    while position < len(modules):
+        module = modules[position]
+        position += 1
+        if not _is_plain(module) or type(module) not in (Linear, nn.Linear):
+            input = module(_run_layers(input, layers))
+            layers = []
+            continue
+        activation = None
+        if position < len(modules) and _is_plain(modules[position]):
+            activation = activation_name(modules[position])
+            position += activation is not None
+        layers.append((module.weight, module.bias, activation))  # pyright: ignore
+        if one_node_per_layer:
+            # So that gradients become ready, and are reduced, layer by layer.
+            input = _run_layers(input, layers)
+            layers = []
+    return _run_layers(input, layers)
+
+
+def _run_layers(input: Tensor, layers: list[F.Layer]) -> Tensor:
+    return F.linear_chain(input, layers) if layers else input
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name under which kernels know an activation module, None for any other module or parameters."""
+    match module:
+        case nn.GELU(approximate="tanh"):
+            name = "gelu_tanh"
+        case nn.LeakyReLU() if module.negative_slope != 0.01:
+            return None
+        case nn.ELU() if module.alpha != 1:
+            return None
+        case _:
+            name = _NAME_OF_TYPE.get(type(module))
+    return name
+
+
+_NAME_OF_TYPE = {type(make()): name for name, make in ACTIVATION_MODULES.items() if name != "gelu_tanh"}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing but the module's own forward would see or change its call."""
+    return not (
+        _has_any_global_hook()
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or getattr(module, "_compiled_call_impl", None)
+    )
+
+
+def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The modules from each linear layer up to the next."""
+    block: list[nn.Module] = []
+    for module in modules:
+        if isinstance(module, nn.Linear) and block:
+            yield block
+            block = []
+        block.append(module)
+    yield block
+
+
+def _recompute_contexts(block: Sequence[nn.Module]):
+    return nullcontext(), _running_statistics_kept(block)
+
+
+@contextmanager
+def _running_statistics_kept(block: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch norm normalises as before, but counts the batch only once: the first forward has counted it."""
+    norms = [m for m in block if isinstance(m, nn.BatchNorm1d) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
