@@ -1,7 +1,7 @@
 """What happens to a GEMM tile between the accumulator and memory.
 
-An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments and the tile's corner, may
-store side results, and returns the tile to be stored. Optional tensors are None.
+An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments, a tuple of device
+functions (the activation first) and the tile's corner, may store side results, and returns the tile to be stored. Optional tensors are None.
 
 The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row stands for
 column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, so packing needs no shuffles.
@@ -42,47 +42,73 @@ def _add_bias(acc, bias_ptr, col, N, BLOCK_N: tl.constexpr):
         return acc + bias.to(acc.dtype)[None, :]
 
 
+# A second activation-sized tile beside the accumulator spills; half of one at a time does not.
 @triton.jit
-def identity(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _whole(left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def identity(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return acc
 
 
 @triton.jit
-def bias_act(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, act = args
-    return act(_add_bias(acc, bias_ptr, col, N, BLOCK_N))
+def bias_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return FNS[0](_add_bias(acc, args[0], col, N, BLOCK_N))
 
 
 @triton.jit
-def bias_act_bitmask(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, act, active, bits_ptr, stride_bits = args
+def bias_act_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bias_ptr, bits_ptr, stride_bits = args
     preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
-    packed = _pack_bits(active(preact), BLOCK_M, BLOCK_N)
+    packed = _pack_bits(FNS[1](preact), BLOCK_M, BLOCK_N)
     ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
     tl.store(ptrs, packed, mask=mask)
-    return act(preact)
+    return FNS[0](preact)
 
 
 @triton.jit
-def bias_act_preact(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, act, preact_ptr, stride_preact = args
+def bias_act_preact(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _bias_act_preact_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _bias_act_preact_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _bias_act_preact_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bias_ptr, preact_ptr, stride_preact = args
     preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
     ptrs, mask = tile_pointers(preact_ptr, row, col, M, N, stride_preact, 1, BLOCK_M, BLOCK_N)
     tl.store(ptrs, preact.to(preact_ptr.dtype.element_ty), mask=mask)
-    return act(preact)
+    return FNS[0](preact)
 
 
 @triton.jit
-def dact_bitmask(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    dact, bits_ptr, stride_bits = args
+def dact_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    bits_ptr, stride_bits = args
     ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
     packed = tl.load(ptrs, mask=mask, other=0)
-    return dact(acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
+    return FNS[0](acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def dact_saved(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    dact, saved_ptr, stride_saved = args
+def dact_saved(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _dact_saved_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _dact_saved_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    saved_ptr, stride_saved = args
     ptrs, mask = tile_pointers(saved_ptr, row, col, M, N, stride_saved, 1, BLOCK_M, BLOCK_N)
     saved = tl.load(ptrs, mask=mask, other=0.0)
-    return dact(acc, saved.to(acc.dtype))
+    return FNS[0](acc, saved.to(acc.dtype))

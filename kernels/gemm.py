@@ -22,7 +22,7 @@ from .tile import matmul_tile, store_tile, tile_order
 def _gemm_kernel(
     a, b, out, row_sum_ptr, epilogue_args,
     M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_split,
-    EPILOGUE: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
     TMA: tl.constexpr, OUT_TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _gemm_kernel(
                 a, b, row, col, k_begin, k_end, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROW_MAJOR, B_ROW_MAJOR, ACC_DTYPE, INPUT_PRECISION, False,
             )  # fmt: skip
-        tile = EPILOGUE(acc, epilogue_args, row, col, M, N, BLOCK_M, BLOCK_N)
+        tile = EPILOGUE(acc, epilogue_args, EPILOGUE_FNS, row, col, M, N, BLOCK_M, BLOCK_N)
         dst = out if SPLIT_K == 1 else out + split.to(tl.int64) * stride_split
         store_tile(dst, tile, row, col, M, N, stride_om, BLOCK_M, BLOCK_N, OUT_TMA)
 
@@ -104,9 +104,10 @@ def gemm(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    *,
     epilogue_fn: Any = epilogue.identity,
     epilogue_args: tuple[Any, ...] = (),
+    epilogue_fns: tuple[Any, ...] = (),
+    *,
     row_sum: Tensor | None = None,
     tile_config: GemmConfig | None = None,
     split_k: int | None = None,
@@ -147,7 +148,7 @@ def gemm(
         describe(out, (block_m, block_n)) if out_tma else out_ptr,
         row_sum_ptr, epilogue_args,
         M, N, K, *a.stride(), *b.stride(), N, numel,
-        EPILOGUE=epilogue_fn,
+        EPILOGUE=epilogue_fn, EPILOGUE_FNS=epilogue_fns,
         ACC_DTYPE=tl.float64 if acc_dtype == torch.float64 else tl.float32,
         INPUT_PRECISION=precision,
         SPLIT_K=split_k,

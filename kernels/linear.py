@@ -7,6 +7,8 @@
 where dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -40,24 +42,23 @@ def linear_fwd(
     preactivation.
     """
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
-    if not activation:
-        gemm("linear_fwd", x, w.t(), y, epilogue_fn=epilogue.bias_act, epilogue_args=(b, no_activation))
-        return outputs
-    entry = ACTIVATIONS[activation]
+    entry = ACTIVATIONS[activation] if activation else None
+    act = entry.act if entry else no_activation
     if not saved:
-        fn, args = epilogue.bias_act, (b, entry.act)
-    elif entry.saves == "bitmask":
-        fn, args = epilogue.bias_act_bitmask, (b, entry.act, entry.active, saved[0], saved[0].stride(0))
+        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act, (b,), (act,))
+    elif entry and entry.saves == "bitmask":
+        gemm(
+            "linear_fwd", x, w.t(), y, epilogue.bias_act_bitmask, (b, saved[0], saved[0].stride(0)), (act, entry.active)
+        )
     else:
-        fn, args = epilogue.bias_act_preact, (b, entry.act, saved[0], saved[0].stride(0))
-    gemm("linear_fwd", x, w.t(), y, epilogue_fn=fn, epilogue_args=args)
+        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act_preact, (b, saved[0], saved[0].stride(0)), (act,))
     return outputs
 
 
-def _dact_epilogue(activation: str, saved: Tensor):
+def _dact_epilogue(activation: str, saved: Tensor) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     entry = ACTIVATIONS[activation]
     fn = epilogue.dact_bitmask if entry.saves == "bitmask" else epilogue.dact_saved
-    return fn, (entry.dact, saved, saved.stride(0))
+    return fn, (saved, saved.stride(0)), (entry.dact,)
 
 
 def _linear_dgrad_outputs(
@@ -67,17 +68,14 @@ def _linear_dgrad_outputs(
 
 
 @launch.operator(_linear_dgrad_outputs)
-def linear_dgrad(
-    dz: Tensor, w: Tensor, activation: str | None = None, saved: Tensor | None = None
-) -> list[Tensor]:
+def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Tensor | None = None) -> list[Tensor]:
     """[dz w] or, given the activation below and what it saved, [(dz w) * act'(saved)].
 
     dz (M, N), w (N, K), result (M, K).
     """
     outputs = _linear_dgrad_outputs(dz, w, activation, saved)
     if activation and saved is not None:
-        fn, args = _dact_epilogue(activation, saved)
-        gemm("linear_dgrad", dz, w, *outputs, epilogue_fn=fn, epilogue_args=args)
+        gemm("linear_dgrad", dz, w, *outputs, *_dact_epilogue(activation, saved))
     else:
         gemm("linear_dgrad", dz, w, *outputs)
     return outputs
@@ -98,14 +96,14 @@ def linear_wgrad(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
 
 @triton.jit
 def _activation_bwd_kernel(
-    dy_ptr, dz_ptr, epilogue_args, M, N, stride_ym, stride_yn,
-    DACT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, dz_ptr, dact_args, M, N, stride_ym, stride_yn,
+    DACT: tl.constexpr, DACT_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     dy = load_tile(dy_ptr, row, col, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True)
-    dz = DACT(dy.to(ACC_DTYPE), epilogue_args, row, col, M, N, BLOCK_M, BLOCK_N)
+    dz = DACT(dy.to(ACC_DTYPE), dact_args, DACT_FNS, row, col, M, N, BLOCK_M, BLOCK_N)
     store_tile(dz_ptr, dz, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
@@ -123,11 +121,11 @@ def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
     launch.check_addressable(dy)
     M, N = dy.shape
     block_m, block_n = ACTIVATION_BWD_BLOCK
-    dact, args = _dact_epilogue(activation, saved)
+    dact, args, fns = _dact_epilogue(activation, saved)
     launch.launch(
         _activation_bwd_kernel, -(-M // block_m) * -(-N // block_n), dy.device,
         dy, dz, args, M, N, *dy.stride(),
-        DACT=dact, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
+        DACT=dact, DACT_FNS=fns, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("activation_bwd", 0, (dy, saved, dz))

@@ -25,7 +25,7 @@ def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: 
     """Pointers to a tile whose corner is (row, col), and the mask of those inside the matrix."""
     offs_row = row + tl.arange(0, BLOCK_ROW)
     offs_col = col + tl.arange(0, BLOCK_COL)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_col.to(tl.int64)[None, :] * stride_col
+    ptrs = (ptr + offs_row.to(tl.int64)[:, None] * stride_row) + offs_col.to(tl.int64)[None, :] * stride_col
     return ptrs, (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
 
 
