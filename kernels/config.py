@@ -54,18 +54,29 @@ MIN_K_PER_SPLIT = 256
 
 
 def select_gemm(
-    M: int, N: int, K: int, *, itemsize: int, tensor_cores: bool, tma: bool, split_k: bool, num_sms: int
+    M: int,
+    N: int,
+    K: int,
+    *,
+    itemsize: int,
+    tensor_cores: bool,
+    tma: bool,
+    heavy_epilogue: bool,
+    split_k: bool,
+    num_sms: int,
 ) -> tuple[GemmConfig, int]:
     """The largest pinned tile that still gives every multiprocessor one, and how many ranges K is cut into.
 
-    `tma`: the operands can be described to the TMA unit and the device has one. `split_k`: partial sums over ranges
-    of K are allowed.
+    `tma`: the operands can be described to the TMA unit and the device has one. `heavy_epilogue`: the widest tile would
+    spill. `split_k`: partial sums over ranges of K are allowed.
     """
     if itemsize == 2:
         configs = TMA_16BIT if tma and 2 * M * N * K >= TMA_MIN_FLOPS else POINTER_16BIT
     else:
         configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
-    fitting = [c for c in configs if c.BLOCK_M < 2 * M and c.BLOCK_N < max(2 * N, 65)] or [configs[-1]]
+    if configs is TMA_16BIT and heavy_epilogue:
+        configs = TMA_16BIT[1:]
+    fitting = [c for c in configs if c.BLOCK_M < 2 * M and c.BLOCK_N < 2 * max(N, 64)] or [configs[-1]]
     max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT)) if split_k else 1
     config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
     return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))

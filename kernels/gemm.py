@@ -14,7 +14,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, cost, epilogue, launch
-from .config import GemmConfig
 from .tile import matmul_tile, store_tile, tile_order
 
 
@@ -109,28 +108,26 @@ def gemm(
     epilogue_fns: tuple[Any, ...] = (),
     *,
     row_sum: Tensor | None = None,
-    tile_config: GemmConfig | None = None,
-    split_k: int | None = None,
+    heavy: bool = False,
 ) -> None:
     """out = epilogue_fn(a @ b) and, if asked for, row_sum = a @ 1.
 
     a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
-    contiguous (M,). Only the identity epilogue can be split along K. `name` labels the launch in ledgers.
-    `tile_config` and `split_k` override the pinned choice.
+    contiguous (M,). Only the identity epilogue can be split along K. `name` labels the launch in ledgers; `heavy` says
+    that the epilogue needs many registers of its own.
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
     precision = "tf32" if a.dtype == torch.float32 and launch.tf32_allowed() else "ieee"
-    pinned, pinned_split = config.select_gemm(
+    tile_config, split_k = config.select_gemm(
         M, N, K,
         itemsize=a.element_size(),
         tensor_cores=precision == "tf32",
         tma=launch.has_tma(a.device) and can_describe(a) and can_describe(b),
+        heavy_epilogue=heavy,
         split_k=epilogue_fn is epilogue.identity,
         num_sms=launch.num_sms(a.device),
     )  # fmt: skip
-    tile_config = tile_config or pinned
-    split_k = split_k or (pinned_split if tile_config == pinned else 1)
 
     acc_dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     numel = M * N + (M if row_sum is not None else 0)

@@ -44,14 +44,17 @@ def linear_fwd(
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
     entry = ACTIVATIONS[activation] if activation else None
     act = entry.act if entry else no_activation
+    heavy = entry is not None and entry.saves == "preact"
     if not saved:
-        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act, (b,), (act,))
+        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act, (b,), (act,), heavy=heavy)
     elif entry and entry.saves == "bitmask":
         gemm(
             "linear_fwd", x, w.t(), y, epilogue.bias_act_bitmask, (b, saved[0], saved[0].stride(0)), (act, entry.active)
         )
     else:
-        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act_preact, (b, saved[0], saved[0].stride(0)), (act,))
+        gemm(
+            "linear_fwd", x, w.t(), y, epilogue.bias_act_preact, (b, saved[0], saved[0].stride(0)), (act,), heavy=heavy
+        )
     return outputs
 
 
@@ -75,7 +78,14 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
     """
     outputs = _linear_dgrad_outputs(dz, w, activation, saved)
     if activation and saved is not None:
-        gemm("linear_dgrad", dz, w, *outputs, *_dact_epilogue(activation, saved))
+        gemm(
+            "linear_dgrad",
+            dz,
+            w,
+            *outputs,
+            *_dact_epilogue(activation, saved),
+            heavy=ACTIVATIONS[activation].saves == "preact",
+        )
     else:
         gemm("linear_dgrad", dz, w, *outputs)
     return outputs

@@ -1,0 +1,150 @@
+"""Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
+
+`python -m fusemlp.bench.codegen ARCH [ARCH ...]` with ARCH 80, 90 or 100 prints one JSON object per kernel and pinned
+configuration: registers, bytes of stack (spills), shared memory, and counts of the instructions that tell whether the
+tensor cores and the asynchronous copies are used. Needs a process in which Triton does not interpret.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ..kernels import config, launch
+from ..kernels.activation import ACTIVATIONS
+from ..kernels.config import GemmConfig
+from ..kernels.epilogue import bitmask_width
+from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+
+# HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class StubDriver:
+    """Enough of Triton's driver to compile for an architecture; it launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # Triton caches what it compiles, and for what, by device number.
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel uses: registers per thread, stack and shared memory in bytes, instruction counts."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def read_resources(compiled: Any, case: str, arch: int) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    return Resources(compiled.metadata.name, case, arch, int(found[1]), int(found[2]), compiled.metadata.shared, counts)
+
+
+def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(name, whether the epilogue is heavy, launch) of every GEMM a linear layer makes, on unread tensors."""
+    M, K, N = 4096, 2048, 1024
+    x, w, dz = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N)))
+    bias = torch.empty(N, dtype=dtype)
+
+    def saved(columns: int, kind: str) -> Tensor:
+        if kind == "bitmask":
+            return torch.empty(M, bitmask_width(columns), dtype=torch.uint8)
+        return torch.empty(M, columns, dtype=dtype)
+
+    yield "linear_fwd", False, lambda: linear_fwd(x, w, bias)
+    yield "linear_dgrad", False, lambda: linear_dgrad(dz, w)
+    yield "linear_wgrad", False, lambda: linear_wgrad(dz, x, True)
+    for name, entry in ACTIVATIONS.items():
+        heavy = entry.saves == "preact"
+        yield f"linear_fwd {name}", heavy, lambda name=name: linear_fwd(x, w, bias, name, True)
+        kept = saved(K, entry.saves)
+        yield f"linear_dgrad {name}", heavy, lambda name=name, kept=kept: linear_dgrad(dz, w, name, kept)
+
+
+def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
+    for entry in (*(config.TMA_16BIT if arch >= 90 else ()), *config.POINTER_16BIT):
+        yield "bf16", torch.bfloat16, entry
+    for entry in config.POINTER_TF32:
+        yield "tf32", torch.float32, entry
+    for entry in config.POINTER_IEEE:
+        yield "ieee", torch.float32, entry
+
+
+def audit(arch: int) -> Iterator[Resources]:
+    """Compile everything for one architecture."""
+    driver.set_active(StubDriver(arch))  # pyright: ignore[reportArgumentType]
+    compiled: list[Any] = []
+
+    def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+        compiled.append(kernel.warmup(*args, grid=(programs, 1, 1), **meta))
+
+    with patch.object(launch, "launch", compile_only):
+        for precision, dtype, entry in configurations(arch):
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            tile = f"{entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
+            for split_k in (1, 4):
+                with patch.object(config, "select_gemm", lambda *_, chosen=(entry, split_k), **__: chosen):
+                    for name, heavy, call in gemm_cases(dtype):
+                        if (heavy and entry is config.TMA_16BIT[0]) or (split_k > 1 and name != "linear_wgrad"):
+                            continue
+                        compiled.clear()
+                        call()
+                        yield read_resources(compiled[0], f"{name} {precision} {tile} split {split_k}", arch)
+        for name, entry in ACTIVATIONS.items():
+            dy = torch.empty(4096, 1024, dtype=torch.bfloat16)
+            kept = torch.empty(4096, 128, dtype=torch.uint8) if entry.saves == "bitmask" else dy
+            compiled.clear()
+            activation_bwd(dy, name, kept)
+            yield read_resources(compiled[0], f"activation_bwd {name}", arch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and print what it uses.")
+    parser.add_argument("arch", type=int, nargs="+", choices=(80, 90, 100))
+    for arch in parser.parse_args().arch:
+        for resources in audit(arch):
+            print(json.dumps(asdict(resources)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

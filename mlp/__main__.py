@@ -1,0 +1,110 @@
+"""Train a multilayer perceptron on a table: `python -m fusemlp.mlp --help`."""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..kernels.launch import HAS_TRITON
+from .checkpoint import load_checkpoint
+from .data import load_data
+from .errors import Diverged, InputError
+from .options import PROG, Options, configuration, parse_options
+from .report import CONFIG, metrics_table, prepare_folder, write_history, write_json, write_report
+from .train import HEADLINE, LAST, Training
+from .verify import run_verify
+
+console = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says. Returns 0, 1 for a run that failed, 2 for what the user must change."""
+    try:
+        return run(argv)
+    except InputError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"{PROG}: stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def run(argv: Sequence[str] | None) -> int:
+    options = parse_options(argv)
+    saved = None
+    if options.resume:
+        saved = load_checkpoint(Path(str(options.out)) / LAST)
+        options = parse_options(argv, saved["options"])
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    folder = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    training = Training(options, data, folder)
+    if saved is None:
+        prepare_folder(folder, options.overwrite)
+    else:
+        training.load_state_dict(saved)
+    write_json(folder / CONFIG, configuration(options))
+    introduce(training)
+    fit(training)
+
+    metrics, plots = write_report(training)
+    console.print(metrics_table(metrics, f"{data.name}: test split, weights of epoch {training.best_epoch}"))
+    status = verify(folder, options)
+    console.print(f"wrote {folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}")
+    return status
+
+
+def introduce(training: Training) -> None:
+    """Print what is trained on what."""
+    data, model = training.data, training.model
+    if data.dropped:
+        console.print(f"dropped {data.dropped} rows whose target is missing")
+    rows = " + ".join(str(len(split)) for split in (data.train, data.val, data.test))
+    outputs = "classes" if data.task == "classification" else "targets"
+    console.print(f"{data.name}: {data.task}, {rows} rows (training + validation + test), {len(data.labels)} {outputs}")
+    widths = [data.train.x.shape[1], *training.options.hidden, len(data.labels)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"MLP {' -> '.join(map(str, widths))}: {parameters:,} parameters on {training.device}")
+
+
+def fit(training: Training) -> None:
+    """Train under a progress bar; the history is written however it ends."""
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=training.options.epochs, completed=training.epoch)
+            headline = HEADLINE[training.data.task]
+
+            def show(training: Training) -> None:
+                last = training.history[-1]
+                description = f"validation loss {last['val_loss']:.4f}, {headline} {last[f'val_{headline}']:.4f}"
+                progress.update(bar, completed=training.epoch, description=description)
+
+            training.fit(show)
+    finally:
+        write_history(training)
+
+
+def verify(folder: Path, options: Options) -> int:
+    if not options.verify:
+        return 0
+    if not HAS_TRITON:
+        console.print("Triton is not installed: the kernels were not checked")
+        return 0
+    return run_verify(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The training command's options."""
+
+import math
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NoReturn, get_args
+
+import torch
+
+from .data import DATASETS, Task
+from .errors import InputError
+from .loss import LOSSES
+from .model import Init
+from .optim import OPTIMIZERS, SCHEDULES
+from .reference import ACTIVATIONS
+
+PROG = "fusemlp-train"
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run, as `parse_options` describes it."""
+
+    dataset: str
+    csv: str | None
+    target: str | None
+    task: Task | Literal["auto"]
+    hidden: list[int]
+    activation: str
+    batch_norm: bool
+    dropout: float
+    init: Init
+    checkpoint_activations: bool
+    loss: str
+    label_smoothing: float
+    class_weights: str
+    l1: float
+    l2: float
+    optimizer: str
+    lr: float | None
+    schedule: str
+    warmup: float
+    clip: float | None
+    batch_size: int
+    accumulate: int
+    epochs: int
+    patience: int
+    amp: str
+    device: str
+    threads: int | None
+    seed: int
+    out: str | None
+    overwrite: bool
+    resume: bool
+    verify: bool
+
+
+# Where a run is written and how it is checked, as against what it computes.
+HOUSEKEEPING = ("out", "overwrite", "resume", "verify")
+
+
+def configuration(options: Options) -> dict[str, Any]:
+    """The options that decide what a run computes, as plain data."""
+    return {name: value for name, value in asdict(options).items() if name not in HOUSEKEEPING}
+
+
+def number(kind: type, allowed: str, accepts: Callable[[float], bool]) -> Callable[[str], Any]:
+    """An argparse type: a number that `accepts`, described as `allowed`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+count = number(int, "a whole number of at least 1", lambda value: value >= 1)
+count_or_zero = number(int, "a whole number of at least 0", lambda value: value >= 0)
+seed = number(int, "a whole number between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
+positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+positive_or_zero = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+probability = number(float, "a number between 0 and 1", lambda value: 0 <= value <= 1)
+proper_fraction = number(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+class Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog=PROG,
+        formatter_class=RawDescriptionHelpFormatter,
+        description="Train a multilayer perceptron on a table; write metrics, checkpoints and plots to a folder.",
+    )
+
+    data = parser.add_argument_group("data")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--dataset", choices=DATASETS, default="digits", help="shipped with scikit-learn (digits)")
+    source.add_argument("--csv", metavar="FILE", help="your own table, with a header line")
+    data.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
+    data.add_argument(
+        "--task",
+        choices=["auto", *get_args(Task)],
+        default="auto",
+        help="auto: classification of names and of few distinct whole numbers, else regression",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--hidden", type=count, nargs="*", metavar="WIDTH", default=[256, 128], help="hidden widths (256 128)"
+    )
+    model.add_argument("--activation", choices=[name for name in ACTIVATIONS if name], default="relu", help="(relu)")
+    model.add_argument("--batch-norm", action="store_true", help="normalise before every activation")
+    model.add_argument("--dropout", type=probability, metavar="P", default=0.2, help="after every activation (0.2)")
+    model.add_argument("--init", choices=get_args(Init), default="auto", help="auto: He or Xavier, by activation")
+    model.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        choices=["auto", *(name for names in LOSSES.values() for name in names)],
+        default="auto",
+        help="auto: cross-entropy, or for regression mse",
+    )
+    loss.add_argument("--label-smoothing", type=proper_fraction, metavar="E", default=0.0, help="(0)")
+    loss.add_argument("--class-weights", choices=["none", "balanced"], default="none", help="(none)")
+    loss.add_argument("--l1", type=positive_or_zero, metavar="C", default=0.0, help="C sum |w| joins the loss (0)")
+    loss.add_argument(
+        "--l2", type=positive_or_zero, metavar="C", default=0.01, help="weight decay; biases are spared (0.01)"
+    )
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(adamw)")
+    optim.add_argument("--lr", type=positive, metavar="RATE", help="learning rate (by optimizer; adamw: 0.001)")
+    optim.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (cosine)")
+    optim.add_argument(
+        "--warmup", type=proper_fraction, metavar="F", default=0.1, help="fraction of the steps to climb in (0.1)"
+    )
+    optim.add_argument("--clip", type=positive, metavar="NORM", help="scale larger gradients down to this norm")
+    optim.add_argument("--batch-size", type=count, metavar="N", default=64, help="rows, at most, in a batch (64)")
+    optim.add_argument("--accumulate", type=count, metavar="K", default=1, help="batches to an optimizer step (1)")
+    optim.add_argument("--epochs", type=count, metavar="N", default=40, help="(40)")
+    optim.add_argument(
+        "--patience",
+        type=count_or_zero,
+        metavar="N",
+        default=15,
+        help="stop after N epochs without a lower validation loss; 0: never (15)",
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--amp", choices=["auto", "none", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 on a GPU"
+    )
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    run.add_argument("--threads", type=count, metavar="N", help="CPU threads (PyTorch's choice)")
+    run.add_argument("--seed", type=seed, metavar="N", default=0, help="(0)")
+    run.add_argument("--out", metavar="FOLDER", help="where to write (runs/NAME-TIME)")
+    existing = run.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    existing.add_argument("--resume", action="store_true", help="continue the run that --out holds, with its options")
+    run.add_argument(
+        "--verify", action=BooleanOptionalAction, default=True, help="check one batch on the Triton kernels at the end"
+    )
+    return parser
+
+
+def parse_options(argv: Sequence[str] | None = None, saved: dict[str, Any] | None = None) -> Options:
+    """Parse the command line; a resumed run's saved `configuration` stands in for the defaults.
+
+    Raises InputError naming the option at fault, or one that differs from the saved configuration.
+    """
+    parser = make_parser()
+    parser.set_defaults(**(saved or {}))
+    options = Options(**vars(parser.parse_args(argv)))
+    for name, value in (saved or {}).items():
+        given = getattr(options, name)
+        if given != value:
+            raise InputError(f"argument --{name.replace('_', '-')}: {given} differs from the run to resume, {value}")
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    if options.csv is not None and options.target is None:
+        raise InputError("argument --target: needed with --csv")
+    if options.csv is None and options.target is not None:
+        raise InputError("argument --target: only with --csv")
+    if options.batch_norm and options.batch_size < 3:
+        raise InputError(
+            f"argument --batch-size: {options.batch_size}; --batch-norm needs at least 3, so that no batch is one row"
+        )
+    if options.resume and options.out is None:
+        raise InputError("argument --resume: needs --out, the folder of the run to continue")
+    if options.amp == "fp16" and resolve_device(options.device).type != "cuda":
+        raise InputError("argument --amp: fp16 needs a GPU; allowed without one are auto, none, bf16")
+    resolve_device(options.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name, "auto" being the GPU where there is one. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"argument --device: {name!r} is not a device; allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"argument --device: {name!r}; allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"argument --device: {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

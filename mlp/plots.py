@@ -1,0 +1,114 @@
+"""Figures of a run: how it learned, and how its predictions on the test split fare."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay, RocCurveDisplay
+from torch import Tensor
+
+from .data import Data
+
+MAX_CLASSES_DRAWN = 20
+
+
+def figures(
+    history: Sequence[Mapping[str, float]], best_epoch: int, output: Tensor, data: Data
+) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of every plot: `history` has a row per epoch, `output` (rows, outputs) is for the test split."""
+    yield "loss", loss_curves(history, best_epoch, data.name)
+    if data.task == "regression":
+        true, predicted = data.in_own_units(data.test.y), data.in_own_units(output)
+        yield "predicted_vs_true", prediction_errors(true, predicted, data, "actual_vs_predicted")
+        yield "residuals", prediction_errors(true, predicted, data, "residual_vs_predicted")
+        return
+    true, probabilities = data.test.y.numpy(), output.double().softmax(1).numpy()
+    yield "roc", roc_curves(true, probabilities, data)
+    yield "calibration", calibration_curve(true, probabilities, data)
+    yield "confusion", confusion_matrix(true, probabilities, data)
+
+
+def loss_curves(history: Sequence[Mapping[str, float]], best_epoch: int, name: str) -> Figure:
+    """Training and validation loss over the epochs, and the epoch whose weights were kept."""
+    figure, axes = _subplots(title=f"{name}: loss")
+    epochs = [row["epoch"] for row in history]
+    axes.plot(epochs, [row["train_loss"] for row in history], label="training")
+    axes.plot(epochs, [row["val_loss"] for row in history], label="validation")
+    axes.axvline(best_epoch, color="grey", linestyle=":", label=f"best epoch, {best_epoch}")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
+    """The receiver operating characteristic of two classes, or of each class against the rest."""
+    figure, axes = _subplots(title=f"{data.name}: ROC on the test split", width=6.4, height=6)
+    drawn = [1] if len(data.labels) == 2 else range(len(data.labels))[:MAX_CLASSES_DRAWN]
+    for label in drawn:
+        RocCurveDisplay.from_predictions(
+            true == label,
+            probabilities[:, label],
+            name=data.labels[label],
+            ax=axes,
+            plot_chance_level=label == drawn[-1],
+        )
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def calibration_curve(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
+    """How often the predicted class is right, against the probability given to it."""
+    figure, axes = _subplots(title=f"{data.name}: calibration on the test split", width=6.4, height=6)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == true
+    CalibrationDisplay.from_predictions(right, confidence, n_bins=10, pos_label=True, name="predicted class", ax=axes)
+    axes.set(xlabel="probability of the predicted class", ylabel="fraction predicted rightly")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def confusion_matrix(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
+    """Counts of true against predicted classes."""
+    size = min(14.0, 4 + 0.4 * len(data.labels))
+    figure, axes = _subplots(title=f"{data.name}: confusion on the test split", width=size, height=size)
+    ConfusionMatrixDisplay.from_predictions(
+        true,
+        probabilities.argmax(1),
+        labels=np.arange(len(data.labels)),
+        display_labels=data.labels,
+        include_values=len(data.labels) <= MAX_CLASSES_DRAWN,
+        cmap="Blues",
+        colorbar=False,
+        xticks_rotation="vertical" if max(map(len, data.labels)) > 3 else "horizontal",
+        ax=axes,
+    )
+    axes.set(xlabel="predicted class", ylabel="true class")
+    return figure
+
+
+def prediction_errors(true: np.ndarray, predicted: np.ndarray, data: Data, kind: str) -> Figure:
+    """Predictions against true values, or residuals against predictions: a panel for each target column."""
+    figure = Figure(figsize=(0.8 + 4.6 * len(data.labels), 5), dpi=150, layout="constrained")
+    what = "predicted and true values" if kind == "actual_vs_predicted" else "residuals"
+    figure.suptitle(f"{data.name}: {what} on the test split")
+    for column, axes in enumerate(np.atleast_1d(figure.subplots(1, len(data.labels)))):
+        PredictionErrorDisplay.from_predictions(
+            true[:, column], predicted[:, column], kind=kind, ax=axes, scatter_kwargs={"alpha": 0.6, "s": 18}
+        )
+        axes.set(title=data.labels[column], xlabel="predicted")
+        axes.set_ylabel("true" if kind == "actual_vs_predicted" else "true - predicted")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _subplots(title: str, width: float = 7, height: float = 4.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    return figure, axes

@@ -1,0 +1,86 @@
+"""What a finished run leaves behind: metrics, history and plots, in one folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from .checkpoint import atomic_write
+from .errors import InputError
+from .metrics import evaluate
+from .plots import figures
+from .train import BEST, LAST, Training, load_best, predict
+from .verify import REPORT
+
+CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.csv"
+FILES = (CONFIG, METRICS, HISTORY, LAST, BEST, REPORT)
+PLOTS = ("loss", "roc", "calibration", "confusion", "predicted_vs_true", "residuals")
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make the folder and see that it can be written; an earlier run in it is refused, or with `overwrite` deleted."""
+    earlier = [path for path in run_files(folder) if path.exists()]
+    if earlier and not overwrite:
+        raise InputError(
+            f"argument --out: {folder} already holds a run; --resume continues it, --overwrite replaces it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "writable"):
+            pass
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise InputError(f"argument --out: {folder} cannot be written: {error.strerror}") from None
+    for path in earlier:
+        path.unlink()
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Every path that a run may write."""
+    return [folder / name for name in FILES] + [folder / f"{name}.png" for name in PLOTS]
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(contents, indent=2) + "\n").encode())
+
+
+def write_history(training: Training) -> None:
+    with atomic_write(training.folder / HISTORY) as file:
+        pd.DataFrame(training.history).to_csv(file, index=False)
+
+
+def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
+    """Test the best epoch's weights, this once; returns the metrics and the plots."""
+    folder, data = training.folder, training.data
+    best_epoch = load_best(folder, training.model)
+    output = predict(training.model, data.test.x.to(training.device)).cpu()
+    metrics = evaluate(output, data, data.test.y)
+    write_json(
+        folder / METRICS,
+        {
+            "task": data.task,
+            "test": metrics,
+            "validation": training.validate()[1],
+            "best_epoch": best_epoch,
+            "epochs": training.epoch,
+            "rows": {"training": len(data.train), "validation": len(data.val), "test": len(data.test)},
+            "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        },
+    )
+    plots = []
+    for name, figure in figures(training.history, best_epoch, output, data):
+        plots.append(folder / f"{name}.png")
+        with atomic_write(plots[-1]) as file:
+            figure.savefig(file, format="png")
+    return metrics, plots
+
+
+def metrics_table(metrics: dict[str, float], title: str) -> Table:
+    table = Table("metric", title=title)
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}")
+    return table

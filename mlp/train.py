@@ -1,0 +1,242 @@
+"""The training loop: mini-batches, accumulation, clipping, mixed precision, early stopping, checkpoints."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import Data
+from .errors import Diverged, InputError
+from .loss import make_loss
+from .metrics import evaluate
+from .model import MLP
+from .optim import make_optimizer, make_scheduler, penalised
+from .options import Options, configuration, resolve_device
+
+LAST = "checkpoint.pt"
+BEST = "best.pt"
+HEADLINE = {"classification": "accuracy", "regression": "R2"}
+PREDICT_ROWS = 8192
+
+
+def make_model(options: Options, data: Data) -> MLP:
+    """The network the options describe, on the CPU in float32."""
+    return MLP(
+        data.train.x.shape[1],
+        options.hidden,
+        len(data.labels),
+        activation=options.activation,
+        batch_norm=options.batch_norm,
+        dropout=options.dropout,
+        init=options.init,
+        checkpoint=options.checkpoint_activations,
+    )
+
+
+class Training:
+    """A run under way: what a step changes, and what it reads.
+
+    `state_dict` is everything that decides the rest of the run, so that a resumed run ends in the same bits.
+    Raises InputError for a loss that does not fit the data's task.
+    """
+
+    def __init__(self, options: Options, data: Data, folder: Path) -> None:
+        self.options, self.data, self.folder = options, data, folder
+        self.device = resolve_device(options.device)
+        self.train, self.val = data.train.to(self.device), data.val.to(self.device)
+        self.loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, self.device)
+
+        torch.manual_seed(options.seed)
+        self.model = make_model(options, data).to(self.device)
+        self.optimizer = make_optimizer(options.optimizer, self.model, options.lr, options.l2)
+        self.steps_per_epoch = math.ceil(len(data.train) / (options.batch_size * options.accumulate))
+        steps = options.epochs * self.steps_per_epoch
+        self.scheduler = make_scheduler(options.schedule, self.optimizer, steps, options.warmup)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.row_order = torch.Generator().manual_seed(options.seed)
+        self.epoch = 0
+        self.best_epoch, self.best_loss = 0, math.inf
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        return {
+            "options": configuration(self.options),
+            "data": self.data.fingerprint(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "row_order": self.row_order.get_state(),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "epoch": self.epoch,
+            "best": [self.best_epoch, self.best_loss],
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises InputError if the data are not those that the state was trained on."""
+        if state["data"] != self.data.fingerprint():
+            raise InputError("argument --resume: the data are no longer those that the run began with")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.row_order.set_state(state["row_order"])
+        torch.set_rng_state(state["random"])
+        if state["random_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_gpu"], self.device)
+        self.epoch = state["epoch"]
+        self.best_epoch, self.best_loss = state["best"]
+        self.history = state["history"]
+
+    def finished(self) -> bool:
+        """Whether every epoch has run, or patience has run out."""
+        waited = self.epoch - self.best_epoch
+        return self.epoch == self.options.epochs or 0 < self.options.patience <= waited
+
+    def autocast(self) -> torch.autocast:
+        amp = self.options.amp
+        if amp == "auto":
+            amp = "bf16" if self.device.type == "cuda" else "none"
+        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=amp != "none")
+
+    def fit(self, on_epoch: Callable[["Training"], None]) -> None:
+        """Run the epochs that are left, each ending in a checkpoint, and after it `on_epoch`.
+
+        Raises Diverged if a loss is not finite; the checkpoint is then that of the epoch before.
+        """
+        if not self.history:
+            save_checkpoint(self.folder / LAST, self.state_dict())
+        while not self.finished():
+            losses = torch.stack(list(self.steps())).tolist()
+            val_loss, val_metrics = self.validate()
+            if not all(map(math.isfinite, [*losses, val_loss])):
+                raise self.diagnose(losses, val_loss)
+            self.epoch += 1
+            if val_loss < self.best_loss:
+                self.best_epoch, self.best_loss = self.epoch, val_loss
+                self.save_best()
+            headline = HEADLINE[self.data.task]
+            self.history.append(
+                {
+                    "epoch": self.epoch,
+                    "learning_rate": self.scheduler.get_last_lr()[0],
+                    "train_loss": sum(losses) / len(losses),
+                    "val_loss": val_loss,
+                    f"val_{headline}": val_metrics[headline],
+                }
+            )
+            save_checkpoint(self.folder / LAST, self.state_dict())
+            on_epoch(self)
+
+    def steps(self) -> Iterator[Tensor]:
+        """One epoch of optimizer steps in a fresh order; yields each step's mean loss, on the device."""
+        self.model.train()
+        order = torch.randperm(len(self.train), generator=self.row_order).to(self.device)
+        # Equal parts rather than full batches and a rest: batch norm cannot take a rest of one row.
+        for rows in order.tensor_split(self.steps_per_epoch):
+            yield self.step(self.train.x[rows], self.train.y[rows])
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One optimizer step on (rows, in_features) and their targets, in micro-batches; returns the mean loss."""
+        options = self.options
+        self.optimizer.zero_grad()
+        loss = self.accumulate(x, y)
+        if options.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # lower: the gradients overflowed and the step was skipped
+            self.scheduler.step()
+        return loss
+
+    def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the gradient of the mean loss over all rows, and of the L1 penalty; returns the loss without it."""
+        options = self.options
+        parts = math.ceil(len(x) / options.batch_size)
+        count = self.loss.count(y)
+        loss = torch.zeros((), device=self.device)
+        for micro_x, micro_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            with self.autocast():
+                output = self.model(micro_x)
+            part = self.loss.total(output, micro_y) / count
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        if options.l1:
+            penalty = options.l1 * sum(weight.abs().sum() for weight in penalised(self.model))
+            self.scaler.scale(penalty).backward()
+        return loss
+
+    def validate(self) -> tuple[float, dict[str, float]]:
+        """The validation split's loss and metrics."""
+        output = predict(self.model, self.val.x)
+        loss = self.loss.mean(output, self.val.y).item()
+        metrics = evaluate(output.cpu(), self.data, self.data.val.y) if math.isfinite(loss) else {}
+        return loss, metrics
+
+    def save_best(self) -> None:
+        contents = {"options": configuration(self.options), "model": self.model.state_dict(), "epoch": self.epoch}
+        save_checkpoint(self.folder / BEST, contents)
+
+    def diagnose(self, losses: list[float], val_loss: float) -> Diverged:
+        """Go through the epoch again from its checkpoint, looking for the first value that is not finite."""
+        bad = [(step, loss) for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+        what = f"the loss is {bad[0][1]} in step {bad[0][0]}" if bad else f"the validation loss is {val_loss}"
+        epoch, kept = self.epoch + 1, self.folder / LAST
+        self.load_state_dict(load_checkpoint(kept))
+        where = "the loss itself"
+        step = 1
+        try:
+            with refuse_non_finite(self.model, gradients=not self.scaler.is_enabled()):
+                for step, _ in zip(range(2, len(losses) + 2), self.steps(), strict=True):
+                    pass
+                predict(self.model, self.val.x)
+        except FloatingPointError as found:
+            where = f"{found} in step {step}"
+        return Diverged(f"epoch {epoch}: {what}; first not finite: {where}; {kept} holds epoch {self.epoch}")
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output (rows, outputs) in evaluation mode, in float32."""
+    model.eval()
+    return torch.cat([model(part).float() for part in x.split(PREDICT_ROWS)])
+
+
+@contextmanager
+def refuse_non_finite(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Have the first layer whose output, or parameter whose gradient, is not finite raise FloatingPointError."""
+
+    def check(what: str, *tensors: Any) -> None:
+        if not torch.isfinite(tensors[-1]).all():
+            raise FloatingPointError(what)
+
+    handles = []
+    for name, layer in model.named_children():
+        what = f"layer {name} ({type(layer).__name__})"
+        handles.append(layer.register_forward_hook(partial(check, f"the output of {what}")))
+        for parameter_name, parameter in layer.named_parameters() if gradients else ():
+            handles.append(parameter.register_hook(partial(check, f"the gradient of {what}'s {parameter_name}")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_best(folder: Path, model: nn.Module) -> int:
+    """Load the best epoch's weights into the model; returns the epoch."""
+    best = load_checkpoint(folder / BEST)
+    model.load_state_dict(best["model"])
+    return best["epoch"]

@@ -1,0 +1,121 @@
+"""One batch of a trained run, forward and backward, through the Triton kernels and through PyTorch.
+
+    python -m fusemlp.mlp.verify RUN
+
+compares the output and every gradient, writes RUN/kernels.json and exits with 1 if they differ. Without a GPU it needs
+TRITON_INTERPRET=1 in the environment, which Triton reads when kernels are imported: hence a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..kernels.launch import Backend, backend
+from .checkpoint import atomic_write, load_checkpoint
+from .data import load_data
+from .errors import InputError
+from .loss import Loss, make_loss
+from .options import Options, resolve_device
+from .train import BEST, make_model
+
+ROWS = 64
+# Of the largest entry: a few thousand float32 roundings in another order.
+TOLERANCE = 1e-4
+REPORT = "kernels.json"
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, name: Backend) -> dict[str, Tensor]:
+    """The output and the gradient of the mean loss for every parameter, computed on one backend."""
+    with backend(name):
+        output = model(x)
+        grads = torch.autograd.grad(loss.mean(output, y), list(model.parameters()))
+    names = (f"gradient of {parameter}" for parameter, _ in model.named_parameters())
+    return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> list[dict[str, float | str]]:
+    """Max abs difference between the kernels and PyTorch, for the output and every gradient, and what is allowed.
+
+    Allowed is TOLERANCE of the output's, or of all gradients', largest entry. Dropout is off: the backends need not
+    draw the same mask.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = gradients(model, x, y, loss, "torch")
+    computed = gradients(model, x, y, loss, "triton")
+    largest = {name: entry.abs().max().item() for name, entry in expected.items()}
+    output_scale = largest.pop("output")
+    gradient_scale = max(largest.values())
+    return [
+        {
+            "tensor": name,
+            "shape": "x".join(map(str, entry.shape)),
+            "difference": (computed[name] - entry).abs().max().item(),
+            "allowed": TOLERANCE * (output_scale if name == "output" else gradient_scale),
+        }
+        for name, entry in expected.items()
+    ]
+
+
+def agrees(row: dict[str, float | str]) -> bool:
+    """Whether a row of `compare` is within what is allowed; NaN is not."""
+    return row["difference"] <= row["allowed"]  # pyright: ignore[reportOperatorIssue]
+
+
+def table(rows: list[dict[str, float | str]]) -> Table:
+    """The rows of `compare` for a console."""
+    result = Table("tensor", "shape", "max abs difference", "allowed", "", title="Triton kernels against PyTorch")
+    for row in rows:
+        verdict = "[green]agrees" if agrees(row) else "[red]DIFFERS"
+        result.add_row(
+            str(row["tensor"]), str(row["shape"]), f"{row['difference']:.1e}", f"{row['allowed']:.1e}", verdict
+        )
+    return result
+
+
+def run_verify(folder: Path) -> int:
+    """Verify a run in a process of its own, on Triton's interpreter where there is no GPU; returns its exit code."""
+    environment = {**os.environ, "FUSEMLP_BACKEND": "auto"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run([sys.executable, "-m", "fusemlp.mlp.verify", str(folder)], env=environment).returncode
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m fusemlp.mlp.verify", description="Check the kernels on a run's best model.")
+    parser.add_argument("run", type=Path, help="the folder that fusemlp-train wrote")
+    folder = parser.parse_args(argv).run
+    try:
+        best = load_checkpoint(folder / BEST)
+    except InputError as error:
+        parser.error(str(error))
+    options = Options(**best["options"], out=None, overwrite=False, resume=False, verify=True)
+    device = resolve_device(options.device)
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    model = make_model(options, data).to(device)
+    model.load_state_dict(best["model"])
+    batch = data.train.to(device)
+    loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, device)
+
+    rows = compare(model, batch.x[:ROWS], batch.y[:ROWS], loss)
+    Console().print(table(rows))
+    different = [str(row["tensor"]) for row in rows if not agrees(row)]
+    with atomic_write(folder / REPORT) as file:
+        file.write(json.dumps({"agree": not different, "tensors": rows}, indent=2).encode())
+    if different:
+        print(f"verify: the kernels differ from PyTorch in the {', '.join(different)}", file=sys.stderr)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
