@@ -69,7 +69,7 @@ def elu(z):
 
 @triton.jit
 def elu_grad(grad, postact):
-    return tl.where(postact > 0, grad, grad * (postact + 1))
+    return tl.where(postact <= 0, grad * (postact + 1), grad)
 
 
 @triton.jit

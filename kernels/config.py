@@ -76,7 +76,7 @@ def select_gemm(
         configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
     if configs is TMA_16BIT and heavy_epilogue:
         configs = TMA_16BIT[1:]
-    fitting = [c for c in configs if c.BLOCK_M < 2 * M and c.BLOCK_N < 2 * max(N, 64)] or [configs[-1]]
+    fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
     max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT)) if split_k else 1
     config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
     return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))

@@ -1,7 +1,8 @@
 """What happens to a GEMM tile between the accumulator and memory.
 
-An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments, a tuple of device
-functions (the activation first) and the tile's corner, may store side results, and returns the tile to be stored. Optional tensors are None.
+An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments, a tuple of device functions
+(the activation first) and the tile's corner, may store side results, and returns the tile to be stored. Optional
+tensors are None.
 
 The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row stands for
 column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, so packing needs no shuffles.
@@ -10,7 +11,7 @@ column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, 
 import triton
 import triton.language as tl
 
-from .tile import tile_pointers
+from .tile import cast, tile_pointers
 
 
 def bitmask_width(N: int) -> int:
@@ -86,7 +87,7 @@ def _bias_act_preact_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M:
     bias_ptr, preact_ptr, stride_preact = args
     preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
     ptrs, mask = tile_pointers(preact_ptr, row, col, M, N, stride_preact, 1, BLOCK_M, BLOCK_N)
-    tl.store(ptrs, preact.to(preact_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs, cast(preact, preact_ptr.dtype.element_ty), mask=mask)
     return FNS[0](preact)
 
 

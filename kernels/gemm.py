@@ -14,14 +14,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, cost, epilogue, launch
-from .tile import matmul_tile, store_tile, tile_order
+from .tile import cast, matmul_tile, store_tile, tile_order
 
 
 @triton.jit
 def _gemm_kernel(
     a, b, out, row_sum_ptr, epilogue_args,
     M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_split,
-    EPILOGUE: tl.constexpr, EPILOGUE_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE_FNS: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
     TMA: tl.constexpr, OUT_TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +45,7 @@ def _gemm_kernel(
             )  # fmt: skip
             offs_m = row + tl.arange(0, BLOCK_M)
             ptrs = row_sum_ptr + split.to(tl.int64) * stride_split + offs_m
-            tl.store(ptrs, row_sum.to(row_sum_ptr.dtype.element_ty), mask=offs_m < M)
+            tl.store(ptrs, cast(row_sum, row_sum_ptr.dtype.element_ty), mask=offs_m < M)
         else:
             acc, _ = matmul_tile(
                 a, b, row, col, k_begin, k_end, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
@@ -64,11 +65,11 @@ def _split_k_reduce_kernel(
     total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
     for split in range(SPLIT_K):
         total += tl.load(partial_ptr + split * numel + offs, mask=offs < numel, other=0.0)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < out_numel)
+    tl.store(out_ptr + offs, cast(total, out_ptr.dtype.element_ty), mask=offs < out_numel)
     if row_sum_ptr is not None:
         offs_row = offs - out_numel
         mask = (offs_row >= 0) & (offs < numel)
-        tl.store(row_sum_ptr + offs_row, total.to(row_sum_ptr.dtype.element_ty), mask=mask)
+        tl.store(row_sum_ptr + offs_row, cast(total, row_sum_ptr.dtype.element_ty), mask=mask)
 
 
 REDUCE_BLOCK = 1024
@@ -132,7 +133,9 @@ def gemm(
     acc_dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     numel = M * N + (M if row_sum is not None else 0)
     partial = torch.empty(split_k, numel, dtype=acc_dtype, device=a.device) if split_k > 1 else None
-    out_ptr, row_sum_ptr = (out, row_sum) if partial is None else (partial, partial[0, M * N :])
+    out_ptr, row_sum_ptr = out, row_sum
+    if partial is not None:
+        out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
 
     tma = tile_config.tma
     out_tma = tma and partial is None and can_describe(out)

@@ -96,6 +96,14 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def check_tensors(input: Any, layers: Sequence[tuple[Any, Any, str | None]]) -> None:
+    """Refuse what is no tensor with a TypeError that names it; a bias may be None."""
+    params = [given for weight, bias, _ in layers for given in (("weight", weight), ("bias", bias))]
+    for name, value in (("input", input), *params):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"{name}: {type(value).__name__}; must be a torch.Tensor")
+
+
 def check_linear_chain(
     input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, str | None]], activations: Collection[str | None]
 ) -> None:

@@ -30,6 +30,16 @@ def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: 
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    if INTERPRET and dtype == tl.bfloat16:
+        # The interpreter truncates float32 to bfloat16; round to nearest even first, as the GPU does.
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_tile(
     src, row, col, rows, cols, stride_row, stride_col,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, ROW_MAJOR: tl.constexpr,
@@ -52,10 +62,10 @@ def store_tile(
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     if TMA:
-        dst.store([row, col], tile.to(dst.dtype))
+        dst.store([row, col], cast(tile, dst.dtype))
     else:
         ptrs, mask = tile_pointers(dst, row, col, rows, cols, stride_row, 1, BLOCK_ROW, BLOCK_COL)
-        tl.store(ptrs, tile.to(dst.dtype.element_ty), mask=mask)
+        tl.store(ptrs, cast(tile, dst.dtype.element_ty), mask=mask)
 
 
 @triton.jit

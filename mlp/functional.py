@@ -18,7 +18,7 @@ Layer = tuple[Tensor, Tensor | None, str | None]
 
 def _forward_walk(input: Tensor, layers: Sequence[Layer], save: bool) -> tuple[list[Tensor], list[Tensor | None]]:
     """Every layer's output, and what each activation keeps for its derivative."""
-    postacts: list[Tensor] = [input.reshape(-1, input.shape[-1])]
+    postacts = [input]
     saved: list[Tensor | None] = []
     for weight, bias, activation in layers:
         postact, *extra = linear_fwd(postacts[-1], weight, bias, activation, save)
@@ -29,7 +29,7 @@ def _forward_walk(input: Tensor, layers: Sequence[Layer], save: bool) -> tuple[l
 
 
 class LinearFunction(torch.autograd.Function):
-    """One or several linear layers, each with its activation, as one autograd node.
+    """One or several linear layers, each with its activation, on a matrix of rows, as one autograd node.
 
     Forward, for layer l with input M_{l-1}: M_l = act_l(M_{l-1} W_l^T + b_l). Backward, with dZ_l the gradient of the
     preactivation: dW_l = dZ_l^T M_{l-1}, db_l = dZ_l^T 1, and dZ_{l-1} = (dZ_l W_l) * act_{l-1}' in one launch.
@@ -40,10 +40,8 @@ class LinearFunction(torch.autograd.Function):
         layers = list(zip(params[::2], params[1::2], activations, strict=True))
         postacts, saved = _forward_walk(input, layers, save=True)  # pyright: ignore[reportArgumentType]
         ctx.activations = activations
-        output = postacts[-1].view(*input.shape[:-1], postacts[-1].shape[-1])
-        saved = [output if s is postacts[-1] else s for s in saved]
         ctx.save_for_backward(input, *params, *postacts[:-1], *saved)
-        return output
+        return postacts[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,13 +52,13 @@ class LinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_output, input, params)
 
-        inputs = [input.reshape(-1, input.shape[-1]), *postacts]
+        inputs = [input, *postacts]
         # Layer l's dZ is wanted by its own parameters and by everything below it.
         lowest = 0 if input_needs else next(i for i, need in enumerate(params_need) if need) // 2
         grads: list[Tensor | None] = [None] * (2 * depth)
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad = grad_output
         if (last := ctx.activations[-1]) is not None:
-            (grad,) = activation_bwd(grad, last, saved[-1].reshape(grad.shape[0], -1))
+            (grad,) = activation_bwd(grad, last, saved[-1])
         for layer in range(depth - 1, lowest - 1, -1):
             weight_needs, bias_needs = params_need[2 * layer : 2 * layer + 2]
             if weight_needs:
@@ -71,7 +69,7 @@ class LinearFunction(torch.autograd.Function):
                 (grad,) = linear_dgrad(grad, params[2 * layer], ctx.activations[layer - 1], saved[layer - 1])
             elif input_needs:
                 (grad,) = linear_dgrad(grad, params[0])
-        return grad.view(input.shape) if input_needs else None, None, *grads
+        return grad if input_needs else None, None, *grads
 
 
 def _differentiable_backward(
@@ -98,6 +96,7 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
     """
+    launch.check_tensors(input, layers)
     if torch.is_autocast_enabled(input.device.type):
         input = _autocast(input)
         layers = [(_autocast(weight), None if bias is None else _autocast(bias), act) for weight, bias, act in layers]
@@ -105,10 +104,13 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     params = [t for weight, bias, _ in layers for t in (weight, bias)]
     if launch.explain(input, *params).backend == "torch":
         return reference.linear_chain(input, layers)
+
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
-        return LinearFunction.apply(input, tuple(act for *_, act in layers), *params)  # pyright: ignore
-    postacts, _ = _forward_walk(input, layers, save=False)
-    return postacts[-1].view(*input.shape[:-1], postacts[-1].shape[-1])
+        output = LinearFunction.apply(rows, tuple(act for *_, act in layers), *params)
+    else:
+        output = _forward_walk(rows, layers, save=False)[0][-1]
+    return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)  # pyright: ignore
 
 
 def _autocast(t: Tensor) -> Tensor:

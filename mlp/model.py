@@ -4,10 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal, get_args
+from operator import index
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -17,7 +19,7 @@ from .modules import Linear
 
 Init = Literal["auto", "he", "xavier", "orthogonal", "torch"]
 
-ACTIVATION_MODULES: dict[str | None, Callable[[], nn.Module]] = {
+ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
@@ -32,7 +34,7 @@ SATURATING = ("sigmoid", "tanh")
 
 
 def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
-    """Initialise a linear layer that `activation` follows; biases start at zero except with "torch".
+    """Initialise a linear layer of a net with this activation; biases start at zero except with "torch".
 
     "he": std sqrt(2 / in_features) (He et al. 2015); "xavier": std sqrt(2 / (in_features + out_features)) (Glorot and
     Bengio 2010); "orthogonal": Saxe et al. 2014; "torch": torch.nn.Linear's own; "auto": He for ReLU and its
@@ -47,7 +49,10 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
     elif init == "xavier":
         nn.init.xavier_normal_(layer.weight)
     else:
-        nn.init.orthogonal_(layer.weight)
+        # The factorisation behind it knows no 16-bit numbers.
+        wide = torch.empty_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
+        with torch.no_grad():
+            layer.weight.copy_(nn.init.orthogonal_(wide))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
@@ -69,7 +74,7 @@ class MLP(nn.Sequential):
         checkpoint: keep only each hidden layer's input for backward and compute the rest again.
         device, dtype: of parameters and buffers.
 
-    Raises ValueError naming the argument that is out of range.
+    Raises ValueError or TypeError naming the argument that is out of range or of the wrong type.
     """
 
     def __init__(
@@ -87,11 +92,16 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        widths = [in_features, *hidden_features, out_features]
-        for name, width in zip(("in_features", *["hidden_features"] * len(hidden_features), "out_features"), widths):
-            if width < 1:
-                raise ValueError(f"{name}: {width}; every width must be at least 1")
-        if activation is not None and activation not in ACTIVATION_MODULES:
+        if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
+            raise TypeError(f"hidden_features: {hidden_features!r}; must be a sequence of widths, such as [64, 64]")
+        widths = {"in_features": [in_features], "hidden_features": hidden_features, "out_features": [out_features]}
+        for name, given in widths.items():
+            for width in given:
+                if not isinstance(width, SupportsIndex):
+                    raise TypeError(f"{name}: {width!r}; every width must be an int")
+                if index(width) < 1:
+                    raise ValueError(f"{name}: {width}; every width must be at least 1")
+        if activation not in list(reference.ACTIVATIONS):
             allowed = ", ".join(map(repr, reference.ACTIVATIONS))
             raise ValueError(f"activation: {activation!r}; allowed are {allowed}")
         if not 0 <= dropout <= 1:
@@ -101,7 +111,8 @@ class MLP(nn.Sequential):
 
         super().__init__()
         self.checkpoint = checkpoint
-        for fan_in, fan_out in zip(widths, widths[1:-1], strict=False):
+        *fans_in, last = in_features, *hidden_features
+        for fan_in, fan_out in zip(fans_in, hidden_features, strict=True):
             self.append(Linear(fan_in, fan_out, bias, device, dtype))
             if batch_norm:
                 self.append(nn.BatchNorm1d(fan_out, device=device, dtype=dtype))
@@ -109,7 +120,7 @@ class MLP(nn.Sequential):
                 self.append(ACTIVATION_MODULES[activation]())
             if dropout:
                 self.append(nn.Dropout(dropout))
-        self.append(Linear(widths[-2], out_features, bias, device, dtype))
+        self.append(Linear(last, out_features, bias, device, dtype))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 init_linear(layer, init, activation)
@@ -126,8 +137,10 @@ class MLP(nn.Sequential):
             if len(block) == 1:
                 input = run_fused(block, input)
             else:
-                contexts = partial(_recompute_contexts, block)
-                input = recompute(run_fused, block, input, use_reentrant=False, context_fn=contexts)
+                # A compiler recomputes values, not effects on modules, and takes no contexts of ours.
+                compiling = torch.compiler.is_compiling()
+                contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
+                input = recompute(run_fused, block, input, use_reentrant=False, **contexts)
         return input
 
 
@@ -139,7 +152,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
     while position < len(modules):
         module = modules[position]
         position += 1
-        if not _is_plain(module) or type(module) not in (Linear, nn.Linear):
+        if type(module) not in (Linear, nn.Linear) or not _is_plain(module):
             input = module(_run_layers(input, layers))
             layers = []
             continue
@@ -161,31 +174,32 @@ def _run_layers(input: Tensor, layers: list[F.Layer]) -> Tensor:
 
 def activation_name(module: nn.Module) -> str | None:
     """The name under which kernels know an activation module, None for any other module or parameters."""
-    match module:
-        case nn.GELU(approximate="tanh"):
-            name = "gelu_tanh"
-        case nn.LeakyReLU() if module.negative_slope != 0.01:
-            return None
-        case nn.ELU() if module.alpha != 1:
-            return None
-        case _:
-            name = _NAME_OF_TYPE.get(type(module))
-    return name
+    return _NAMES.get(_kind(module))
 
 
-_NAME_OF_TYPE = {type(make()): name for name, make in ACTIVATION_MODULES.items() if name != "gelu_tanh"}
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """All that an activation module's result depends on."""
+    get = vars(module).get
+    return type(module), get("approximate"), get("negative_slope"), get("alpha"), get("min_val"), get("max_val")
+
+
+_NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
+_FORWARDS = {
+    kind: kind.forward for kind in (Linear, nn.Linear, *(type(make()) for make in ACTIVATION_MODULES.values()))
+}
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but the module's own forward would see or change its call."""
+    """Whether calling the module runs the forward that its class came with, and nobody would see the call."""
     return not (
-        _has_any_global_hook()
+        type(module).forward is not _FORWARDS.get(type(module))
+        or "forward" in vars(module)
+        or module._compiled_call_impl
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or getattr(module, "_compiled_call_impl", None)
+        or _has_any_global_hook()
     )
 
 
@@ -201,13 +215,16 @@ def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _recompute_contexts(block: Sequence[nn.Module]):
-    return nullcontext(), _running_statistics_kept(block)
+    return nullcontext(), _as_the_first_time([(m, m.training) for part in block for m in part.modules()])
 
 
 @contextmanager
-def _running_statistics_kept(block: Sequence[nn.Module]) -> Iterator[None]:
-    """Batch norm normalises as before, but counts the batch only once: the first forward has counted it."""
-    norms = [m for m in block if isinstance(m, nn.BatchNorm1d) and m.training and m.track_running_stats]
+def _as_the_first_time(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Modules in the given modes, except that batch norm does not count the batch: the first forward has counted it."""
+    found = [(module, module.training) for module, _ in modes]
+    norms = [m for m, training in modes if training and isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module, training in modes:
+        module.training = training
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -215,3 +232,5 @@ def _running_statistics_kept(block: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+        for module, training in found:
+            module.training = training
