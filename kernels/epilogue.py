@@ -7,11 +7,24 @@ tensors are None.
 The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row stands for
 column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, so packing needs no shuffles.
 """
+# pyright: reportGeneralTypeIssues=false
+# (the checker takes a @triton.jit function that unpacks a result for one that never returns)
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .tile import cast, tile_pointers
+
+
+class Epilogue(NamedTuple):
+    """A tile function, its arguments and device functions, and whether it needs many registers of its own."""
+
+    tile_fn: Any
+    args: tuple[Any, ...] = ()
+    fns: tuple[Any, ...] = ()
+    heavy: bool = False
 
 
 def bitmask_width(N: int) -> int:

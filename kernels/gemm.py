@@ -5,15 +5,14 @@ Transposes are views. The kernel is persistent: each program walks output tiles 
 one program per tile is the special case that the pointer path launches.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import config, cost, epilogue, launch
+from . import config, cost, launch
+from .epilogue import Epilogue, identity
 from .tile import cast, matmul_tile, store_tile, tile_order
 
 
@@ -72,6 +71,7 @@ def _split_k_reduce_kernel(
         tl.store(row_sum_ptr + offs_row, cast(total, row_sum_ptr.dtype.element_ty), mask=mask)
 
 
+IDENTITY = Epilogue(identity)
 REDUCE_BLOCK = 1024
 
 
@@ -104,18 +104,13 @@ def gemm(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    epilogue_fn: Any = epilogue.identity,
-    epilogue_args: tuple[Any, ...] = (),
-    epilogue_fns: tuple[Any, ...] = (),
-    *,
+    epilogue: Epilogue = IDENTITY,
     row_sum: Tensor | None = None,
-    heavy: bool = False,
 ) -> None:
-    """out = epilogue_fn(a @ b) and, if asked for, row_sum = a @ 1.
+    """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
 
     a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
-    contiguous (M,). Only the identity epilogue can be split along K. `name` labels the launch in ledgers; `heavy` says
-    that the epilogue needs many registers of its own.
+    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers.
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
@@ -125,8 +120,8 @@ def gemm(
         itemsize=a.element_size(),
         tensor_cores=precision == "tf32",
         tma=launch.has_tma(a.device) and can_describe(a) and can_describe(b),
-        heavy_epilogue=heavy,
-        split_k=epilogue_fn is epilogue.identity,
+        heavy_epilogue=epilogue.heavy,
+        split_k=epilogue is IDENTITY,
         num_sms=launch.num_sms(a.device),
     )  # fmt: skip
 
@@ -146,9 +141,9 @@ def gemm(
         describe(a, (block_m, block_k)) if tma else a,
         describe(b, (block_k, block_n)) if tma else b,
         describe(out, (block_m, block_n)) if out_tma else out_ptr,
-        row_sum_ptr, epilogue_args,
+        row_sum_ptr, epilogue.args,
         M, N, K, *a.stride(), *b.stride(), N, numel,
-        EPILOGUE=epilogue_fn, EPILOGUE_FNS=epilogue_fns,
+        EPILOGUE=epilogue.tile_fn, EPILOGUE_FNS=epilogue.fns,
         ACC_DTYPE=tl.float64 if acc_dtype == torch.float64 else tl.float32,
         INPUT_PRECISION=precision,
         SPLIT_K=split_k,
@@ -157,7 +152,7 @@ def gemm(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=tile_config.GROUP_M,
         num_warps=tile_config.num_warps, num_stages=tile_config.num_stages,
     )  # fmt: skip
-    side_tensors = [t for t in epilogue_args if isinstance(t, Tensor)]
+    side_tensors = [t for t in epilogue.args if isinstance(t, Tensor)]
     results = (out, row_sum) if partial is None else (partial,)
     cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
     if partial is not None:

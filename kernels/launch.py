@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is decorated, so one answer holds for the whole process.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 Backend = Literal["auto", "triton", "torch"]
 

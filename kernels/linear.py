@@ -7,18 +7,23 @@
 where dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, epilogue, launch
-from .activation import ACTIVATIONS
-from .activation import identity as no_activation
-from .epilogue import bitmask_width
-from .gemm import gemm
+from . import cost, launch
+from .activation import ACTIVATIONS, identity
+from .epilogue import (
+    Epilogue,
+    bias_act,
+    bias_act_bitmask,
+    bias_act_preact,
+    bitmask_width,
+    dact_bitmask,
+    dact_saved,
+)
+from .gemm import IDENTITY, gemm
 from .tile import load_tile, store_tile
 
 
@@ -42,26 +47,25 @@ def linear_fwd(
     preactivation.
     """
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
-    entry = ACTIVATIONS[activation] if activation else None
-    act = entry.act if entry else no_activation
-    heavy = entry is not None and entry.saves == "preact"
-    if not saved:
-        gemm("linear_fwd", x, w.t(), y, epilogue.bias_act, (b,), (act,), heavy=heavy)
-    elif entry and entry.saves == "bitmask":
-        gemm(
-            "linear_fwd", x, w.t(), y, epilogue.bias_act_bitmask, (b, saved[0], saved[0].stride(0)), (act, entry.active)
-        )
-    else:
-        gemm(
-            "linear_fwd", x, w.t(), y, epilogue.bias_act_preact, (b, saved[0], saved[0].stride(0)), (act,), heavy=heavy
-        )
+    gemm("linear_fwd", x, w.t(), y, _act_epilogue(b, activation, *saved))
     return outputs
 
 
-def _dact_epilogue(activation: str, saved: Tensor) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None = None) -> Epilogue:
+    if activation is None:
+        return Epilogue(bias_act, (b,), (identity,))
     entry = ACTIVATIONS[activation]
-    fn = epilogue.dact_bitmask if entry.saves == "bitmask" else epilogue.dact_saved
-    return fn, (saved, saved.stride(0)), (entry.dact,)
+    heavy = entry.saves == "preact"
+    if saved is None:
+        return Epilogue(bias_act, (b,), (entry.act,), heavy)
+    tile_fn, fns = (bias_act_preact, (entry.act,)) if heavy else (bias_act_bitmask, (entry.act, entry.active))
+    return Epilogue(tile_fn, (b, saved, saved.stride(0)), fns, heavy)
+
+
+def _dact_epilogue(activation: str, saved: Tensor) -> Epilogue:
+    entry = ACTIVATIONS[activation]
+    tile_fn = dact_bitmask if entry.saves == "bitmask" else dact_saved
+    return Epilogue(tile_fn, (saved, saved.stride(0)), (entry.dact,), heavy=entry.saves == "preact")
 
 
 def _linear_dgrad_outputs(
@@ -76,18 +80,8 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
 
     dz (M, N), w (N, K), result (M, K).
     """
-    outputs = _linear_dgrad_outputs(dz, w, activation, saved)
-    if activation and saved is not None:
-        gemm(
-            "linear_dgrad",
-            dz,
-            w,
-            *outputs,
-            *_dact_epilogue(activation, saved),
-            heavy=ACTIVATIONS[activation].saves == "preact",
-        )
-    else:
-        gemm("linear_dgrad", dz, w, *outputs)
+    (dx,) = outputs = _linear_dgrad_outputs(dz, w, activation, saved)
+    gemm("linear_dgrad", dz, w, dx, _dact_epilogue(activation, saved) if activation and saved is not None else IDENTITY)
     return outputs
 
 
@@ -131,11 +125,11 @@ def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
     launch.check_addressable(dy)
     M, N = dy.shape
     block_m, block_n = ACTIVATION_BWD_BLOCK
-    dact, args, fns = _dact_epilogue(activation, saved)
+    dact = _dact_epilogue(activation, saved)
     launch.launch(
         _activation_bwd_kernel, -(-M // block_m) * -(-N // block_n), dy.device,
-        dy, dz, args, M, N, *dy.stride(),
-        DACT=dact, DACT_FNS=fns, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
+        dy, dz, dact.args, M, N, *dy.stride(),
+        DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("activation_bwd", 0, (dy, saved, dz))

@@ -3,11 +3,15 @@
 A matrix is named by a pointer with two strides, or by a TMA descriptor; the loop does not care which. Elements
 beyond an edge read as zero and are not written.
 """
+# pyright: reportGeneralTypeIssues=false
+# (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+from . import launch
+
+INTERPRET = tl.constexpr(launch.INTERPRET)
 
 
 @triton.jit

@@ -1,4 +1,6 @@
 """The library's operations as functions, shaped like those of torch.nn.functional."""
+# pyright: reportPossiblyUnboundVariable=false
+# (kernels are called only where launch.explain has found Triton)
 
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +85,7 @@ def _differentiable_backward(
         output = reference.linear_chain(leaves[0], layers)  # pyright: ignore[reportArgumentType]
     input_needs, _, *params_need = ctx.needs_input_grad
     wanted = [leaf for leaf, need in zip(leaves, (input_needs, *params_need), strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))  # pyright: ignore[reportArgumentType]
+    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))  # pyright: ignore
     input_grad, *param_grads = [next(found) if need else None for need in (input_needs, *params_need)]
     return input_grad, None, *param_grads
 
