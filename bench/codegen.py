@@ -26,6 +26,7 @@ from ..kernels import config, launch
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
+from ..kernels.gemm import plan_gemm
 from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
 
 # HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
@@ -128,6 +129,7 @@ def audit(arch: int) -> Iterator[Resources]:
                         if (heavy and entry is config.TMA_16BIT[0]) or (split_k > 1 and name != "linear_wgrad"):
                             continue
                         compiled.clear()
+                        plan_gemm.cache_clear()
                         call()
                         yield read_resources(compiled[0], f"{name} {precision} {tile} split {split_k}", arch)
         for name, entry in ACTIVATIONS.items():

@@ -5,6 +5,10 @@ Transposes are views. The kernel is persistent: each program walks output tiles 
 one program per tile is the special case that the pointer path launches.
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -114,43 +118,25 @@ def gemm(
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
-    precision = "tf32" if a.dtype == torch.float32 and launch.tf32_allowed() else "ieee"
-    tile_config, split_k = config.select_gemm(
-        M, N, K,
-        itemsize=a.element_size(),
-        tensor_cores=precision == "tf32",
-        tma=launch.has_tma(a.device) and can_describe(a) and can_describe(b),
-        heavy_epilogue=epilogue.heavy,
-        split_k=epilogue is IDENTITY,
-        num_sms=launch.num_sms(a.device),
+    plan = plan_gemm(
+        M, N, K, a.dtype, is_row_major(a), is_row_major(b),
+        can_describe(a) and can_describe(b), can_describe(out),
+        epilogue.tile_fn, epilogue.fns, epilogue.heavy, launch.tf32_allowed(), a.device,
     )  # fmt: skip
-
-    acc_dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     numel = M * N + (M if row_sum is not None else 0)
-    partial = torch.empty(split_k, numel, dtype=acc_dtype, device=a.device) if split_k > 1 else None
+    partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
     if partial is not None:
         out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
-
-    tma = tile_config.tma
-    out_tma = tma and partial is None and can_describe(out)
-    block_m, block_n, block_k = tile_config.BLOCK_M, tile_config.BLOCK_N, tile_config.BLOCK_K
-    programs = tile_config.tiles(M, N) * split_k
+    block_m, block_n, block_k = plan.block
     launch.launch(
-        _gemm_kernel, min(programs, launch.num_sms(a.device)) if tma else programs, a.device,
-        describe(a, (block_m, block_k)) if tma else a,
-        describe(b, (block_k, block_n)) if tma else b,
-        describe(out, (block_m, block_n)) if out_tma else out_ptr,
+        _gemm_kernel, plan.programs, a.device,
+        describe(a, (block_m, block_k)) if plan.tma else a,
+        describe(b, (block_k, block_n)) if plan.tma else b,
+        describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
         row_sum_ptr, epilogue.args,
         M, N, K, *a.stride(), *b.stride(), N, numel,
-        EPILOGUE=epilogue.tile_fn, EPILOGUE_FNS=epilogue.fns,
-        ACC_DTYPE=tl.float64 if acc_dtype == torch.float64 else tl.float32,
-        INPUT_PRECISION=precision,
-        SPLIT_K=split_k,
-        TMA=tma, OUT_TMA=out_tma,
-        A_ROW_MAJOR=is_row_major(a), B_ROW_MAJOR=is_row_major(b),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=tile_config.GROUP_M,
-        num_warps=tile_config.num_warps, num_stages=tile_config.num_stages,
+        **plan.meta,
     )  # fmt: skip
     side_tensors = [t for t in epilogue.args if isinstance(t, Tensor)]
     results = (out, row_sum) if partial is None else (partial,)
@@ -158,6 +144,65 @@ def gemm(
     if partial is not None:
         launch.launch(
             _split_k_reduce_kernel, -(-numel // REDUCE_BLOCK), a.device,
-            partial, out, row_sum, M * N, numel, SPLIT_K=split_k, BLOCK=REDUCE_BLOCK,
+            partial, out, row_sum, M * N, numel, SPLIT_K=plan.split_k, BLOCK=REDUCE_BLOCK,
         )  # fmt: skip
         cost.report(f"{name}_reduce", partial.numel(), (partial, out, row_sum))
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """All of a GEMM launch that does not depend on where its tensors lie."""
+
+    programs: int
+    split_k: int
+    block: tuple[int, int, int]
+    tma: bool
+    out_tma: bool
+    acc_dtype: torch.dtype
+    meta: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_gemm(
+    M: int, N: int, K: int, dtype: torch.dtype, a_row_major: bool, b_row_major: bool,
+    describable: bool, out_describable: bool,
+    tile_fn: Any, fns: tuple[Any, ...], heavy_epilogue: bool, tf32: bool, device: torch.device,
+) -> GemmPlan:  # fmt: skip
+    tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and tf32)
+    tile, split_k = config.select_gemm(
+        M, N, K,
+        itemsize=dtype.itemsize,
+        tensor_cores=tensor_cores,
+        tma=describable and launch.has_tma(device),
+        heavy_epilogue=heavy_epilogue,
+        split_k=tile_fn is identity,
+        num_sms=launch.num_sms(device),
+    )  # fmt: skip
+    out_tma = tile.tma and split_k == 1 and out_describable
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    programs = tile.tiles(M, N) * split_k
+    return GemmPlan(
+        programs=min(programs, launch.num_sms(device)) if tile.tma else programs,
+        split_k=split_k,
+        block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
+        tma=tile.tma,
+        out_tma=out_tma,
+        acc_dtype=acc_dtype,
+        meta={
+            "EPILOGUE": tile_fn,
+            "EPILOGUE_FNS": fns,
+            "ACC_DTYPE": tl.float64 if acc_dtype == torch.float64 else tl.float32,
+            "INPUT_PRECISION": "tf32" if tensor_cores else "ieee",
+            "SPLIT_K": split_k,
+            "TMA": tile.tma,
+            "OUT_TMA": out_tma,
+            "A_ROW_MAJOR": a_row_major,
+            "B_ROW_MAJOR": b_row_major,
+            "BLOCK_M": tile.BLOCK_M,
+            "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K,
+            "GROUP_M": tile.GROUP_M,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        },
+    )

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fusemlp.kernels import launch
+from fusemlp.kernels.gemm import plan_gemm
 
 torch.set_num_threads(1)
 
@@ -32,6 +33,13 @@ def kernels():
     with launch.backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_plans():
+    """For tests that pin a configuration: plans are remembered by shape."""
+    yield
+    plan_gemm.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ import torch
 import triton
 import triton.language as tl
 from fusemlp.kernels import config, cost
-from fusemlp.kernels.gemm import can_describe, gemm
+from fusemlp.kernels.gemm import can_describe, gemm, plan_gemm
 from fusemlp.kernels.tile import tile_pointers
 from tolerance import assert_as_close_as_torch
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "fresh_plans")
 
 
 def config_id(entry):
@@ -18,6 +18,7 @@ def config_id(entry):
 
 def pin(monkeypatch, entry, split_k=1):
     monkeypatch.setattr(config, "select_gemm", lambda *_, **__: (entry, split_k))
+    plan_gemm.cache_clear()
 
 
 def check(a, b, dtype, device, row_sum=True):
@@ -160,6 +161,7 @@ def test_tf32_only_when_allowed(monkeypatch):
         return config.POINTER_IEEE[0], 1
 
     monkeypatch.setattr(config, "select_gemm", select)
+    plan_gemm.cache_clear()
     a = torch.randn(4, 4)
     for precision, expected in (("highest", False), ("high", True)):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)

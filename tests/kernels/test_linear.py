@@ -10,7 +10,7 @@ from fusemlp.mlp import reference
 from test_gemm import config_id, pin
 from tolerance import assert_as_close_as_torch
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "fresh_plans")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPILOGUE_CONFIGS = (config.TMA_16BIT[0], config.TMA_16BIT[2], *config.POINTER_16BIT)

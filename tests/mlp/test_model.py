@@ -1,0 +1,729 @@
+"""MLP beside the nn.Sequential a person would write: nothing may tell that it runs fused."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from fusemlp.kernels import cost, launch
+from fusemlp.mlp import MLP, LinearReLU, reference
+from tolerance import assert_as_close_as_torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module, distribute_tensor
+from torch.func import functional_call, jacrev, vmap
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations, parametrize
+
+IN, HIDDEN, OUT = 20, (24, 17), 5
+BACKENDS = ["torch", "triton"]
+TORCH_ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu6": nn.ReLU6,
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The torch path, which must give torch's bits, or the kernels, which must come as close as torch."""
+    if request.param == "triton":
+        request.getfixturevalue("kernels")
+        yield "triton"
+    else:
+        with launch.backend("torch"):
+            yield "torch"
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(7, IN, device=device)
+
+
+@pytest.fixture
+def net(device):
+    return MLP(IN, HIDDEN, OUT, device=device)
+
+
+def by_hand(net, activation="relu", batch_norm=False, dropout=0.0, bias=True):
+    """The nn.Sequential a person would write, with the parameters and buffers of `net`."""
+    layers = []
+    for fan_in, fan_out in zip((IN, *HIDDEN), HIDDEN, strict=False):
+        layers.append(nn.Linear(fan_in, fan_out, bias=bias))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(fan_out))
+        if activation is not None:
+            layers.append(TORCH_ACTIVATIONS[activation]())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+    hand = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], OUT, bias=bias)).to(next(net.parameters()).device)
+    hand.load_state_dict(net.state_dict())
+    return hand
+
+
+def loss_of(y):
+    return (y * torch.arange(y.numel(), dtype=y.dtype, device=y.device).cos().view(y.shape)).sum()
+
+
+def step(net, x):
+    """The output and every gradient of one training step, and the buffers after it."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    y = net(x)
+    loss_of(y).backward()
+    return [y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+
+
+def assert_undetectable(scenario, net, hand, x, backend):
+    """`scenario` may change the net it is given; it returns tensors, and None for gradients that must be missing."""
+    truthful = copy.deepcopy(hand).double()
+    ours, torchs, truths = scenario(net, x), scenario(hand, x), scenario(truthful, x.double())
+    assert [t is None for t in ours] == [t is None for t in torchs]
+    for i, (result, torchs_result, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
+        if result is not None and backend == "torch":
+            assert torch.equal(result, torchs_result), i
+        elif result is not None:
+            assert_as_close_as_torch(result, torchs_result, truth.double(), str(i))
+
+
+VARIANTS = [
+    *({"activation": name} for name in reference.ACTIVATIONS),
+    {"bias": False},
+    {"batch_norm": True},
+    {"batch_norm": True, "activation": "gelu", "bias": False},
+]
+
+
+def variant_id(variant):
+    return ",".join(f"{name}={value}" for name, value in variant.items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_output_gradients_and_buffers(variant, x, device, backend):
+    net = MLP(IN, HIDDEN, OUT, **variant, device=device)
+    assert_undetectable(step, net, by_hand(net, **variant), x, backend)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_output_and_gradients_under_dropout(p, x, device):
+    net = MLP(IN, HIDDEN, OUT, activation="tanh", batch_norm=True, dropout=p, device=device)
+    with launch.backend("torch"):
+        assert_undetectable(step, net, by_hand(net, "tanh", True, p), x, "torch")
+
+
+def test_dropout_masks_are_those_of_the_same_seed(x, device, kernels):
+    net = MLP(IN, HIDDEN, OUT, activation="sigmoid", dropout=0.3, device=device)
+
+    def masks(net, x):
+        found = []
+        for child in net:
+            if isinstance(child, nn.Dropout):
+                child.register_forward_hook(lambda module, args, output: found.append(output == 0))
+        net(x)
+        return found
+
+    seeded = []
+    for each in (net, by_hand(net, "sigmoid", dropout=0.3)):
+        torch.manual_seed(1)
+        seeded.append(masks(each, x))
+    assert len(seeded[0]) == 2
+    assert all(map(torch.equal, *seeded))
+
+
+def test_evaluation_uses_the_running_statistics(x, device, backend):
+    net = MLP(IN, HIDDEN, OUT, batch_norm=True, dropout=0.3, device=device)
+    net(x + 1)
+    assert_undetectable(lambda net, x: step(net.eval(), x), net, by_hand(net, batch_norm=True, dropout=0.3), x, backend)
+
+
+def test_three_dimensional_input(net, device, backend):
+    assert_undetectable(step, net, by_hand(net), torch.randn(2, 3, IN, device=device), backend)
+
+
+def test_one_dimensional_input(net, device, backend):
+    assert_undetectable(step, net, by_hand(net), torch.randn(IN, device=device), backend)
+
+
+def test_empty_batch(net, device, backend):
+    assert_undetectable(step, net, by_hand(net), torch.randn(0, IN, device=device), backend)
+
+
+def test_no_hidden_layer(x, device, backend):
+    net = MLP(IN, [], OUT, device=device)
+    hand = nn.Sequential(nn.Linear(IN, OUT)).to(device)
+    hand.load_state_dict(net.state_dict())
+    assert_undetectable(step, net, hand, x, backend)
+
+
+class TestContainer:
+    def test_state_dict_keys(self):
+        keys = MLP(IN, HIDDEN, OUT, batch_norm=True, dropout=0.1).state_dict().keys()
+        batch_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        blocks = [[f"{i}.weight", f"{i}.bias", *(f"{i + 1}.{name}" for name in batch_norm)] for i in (0, 4)]
+        assert list(keys) == [*blocks[0], *blocks[1], "8.weight", "8.bias"]
+
+    def test_loads_a_checkpoint_of_torch_nn(self):
+        net = MLP(IN, HIDDEN, OUT, batch_norm=True)
+        hand = by_hand(net, batch_norm=True)
+        step(hand, torch.randn(7, IN))
+        with torch.no_grad():
+            for p in hand.parameters():
+                p.add_(1)
+        net.load_state_dict(hand.state_dict())
+        assert all(map(torch.equal, net.state_dict().values(), hand.state_dict().values()))
+
+    def test_repr(self, net):
+        assert repr(net) == repr(by_hand(net)).replace("Sequential", "MLP")
+
+    def test_a_slice_is_a_sequential_of_the_same_children(self, net):
+        part = net[1:4]
+        assert type(part) is nn.Sequential
+        assert list(part.named_children()) == [(str(i), net[i]) for i in (1, 2, 3)]
+
+    def test_indexing(self, net):
+        assert net[0] is next(iter(net))
+        assert net[-1].out_features == OUT
+        with pytest.raises(IndexError):
+            net[5]
+
+    def test_iterating(self, net):
+        assert [type(child).__name__ for child in net] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+
+    def test_append(self, net, x, backend):
+        def scenario(net, x):
+            return step(net.append(nn.Softplus()), x)
+
+        assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+    def test_insert_and_delete(self, net, x, backend):
+        def scenario(net, x):
+            net.insert(2, nn.Sigmoid())
+            del net[1]
+            return step(net, x)
+
+        assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies(self, copied, x, device):
+        net = MLP(IN, HIDDEN, OUT, batch_norm=True, checkpoint=True, device=device)
+        twin = copied(net)
+        assert type(twin) is MLP
+        assert twin.checkpoint
+        assert all(map(torch.equal, step(twin, x), step(net, x)))
+        assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in twin.parameters()}
+
+    def test_device_and_dtype(self):
+        net = MLP(IN, HIDDEN, OUT, batch_norm=True, device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in net.parameters()} == {("meta", torch.float64)}
+
+
+class TestInit:
+    HE, XAVIER = math.sqrt(2 / 300), math.sqrt(2 / (300 + 200))
+
+    @pytest.mark.parametrize(
+        ("init", "activation", "std"),
+        [
+            *(("auto", name, HE) for name in ("relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "relu6")),
+            *(("auto", name, XAVIER) for name in (None, "sigmoid", "tanh")),
+            ("he", "tanh", HE),
+            ("xavier", "relu", XAVIER),
+        ],
+    )
+    def test_standard_deviation(self, init, activation, std):
+        weight = MLP(300, [200], OUT, init=init, activation=activation)[0].weight
+        # The sample deviation of n numbers is itself spread by std / sqrt(2 n).
+        assert abs(weight.std().item() - std) < 4 * std / math.sqrt(2 * weight.numel())
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_orthogonal(self, dtype):
+        weight = MLP(30, [20], OUT, init="orthogonal", dtype=dtype)[0].weight.double()
+        error = (weight @ weight.t() - torch.eye(20)).abs().max().item()
+        # Each of the 30 products in a dot product of unit vectors is off by at most 2 roundings of its size.
+        assert error < 2 * torch.finfo(torch.promote_types(dtype, torch.bfloat16)).eps + 30 * torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("init", ["auto", "he", "xavier", "orthogonal"])
+    def test_biases_start_at_zero(self, init):
+        net = MLP(IN, HIDDEN, OUT, init=init)
+        assert [net[i].bias.abs().max().item() for i in (0, 2, 4)] == [0, 0, 0]
+
+    def test_torch_is_what_torch_does(self):
+        torch.manual_seed(7)
+        net = MLP(IN, HIDDEN, OUT, init="torch")
+        torch.manual_seed(7)
+        hand = nn.Sequential(nn.Linear(IN, 24), nn.ReLU(), nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, OUT))
+        assert all(map(torch.equal, net.parameters(), hand.parameters()))
+
+    @pytest.mark.parametrize("init", ["auto", "he", "xavier", "orthogonal", "torch"])
+    def test_without_biases(self, init):
+        assert len(list(MLP(IN, HIDDEN, OUT, init=init, bias=False).parameters())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_features": 0}, ValueError, "in_features: 0; every width must be at least 1"),
+        ({"hidden_features": [8, -1]}, ValueError, "hidden_features: -1; every width must be at least 1"),
+        ({"out_features": 0}, ValueError, "out_features: 0; every width must be at least 1"),
+        ({"in_features": 2.0}, TypeError, "in_features: 2.0; every width must be an int"),
+        ({"hidden_features": [8.5]}, TypeError, "hidden_features: 8.5; every width must be an int"),
+        ({"hidden_features": ["8"]}, TypeError, "hidden_features: '8'; every width must be an int"),
+        ({"out_features": None}, TypeError, "out_features: None; every width must be an int"),
+        ({"hidden_features": 64}, TypeError, "hidden_features: 64; must be a sequence of widths, such as [64, 64]"),
+        ({"hidden_features": "64"}, TypeError, "hidden_features: '64'; must be a sequence of widths, such as [64, 64]"),
+        ({"activation": "swish"}, ValueError, "activation: 'swish'; allowed are None, 'relu', "),
+        ({"activation": nn.ReLU}, ValueError, "activation: <class 'torch.nn.modules.activation.ReLU'>; allowed are "),
+        ({"dropout": -0.1}, ValueError, "dropout: -0.1; must be between 0 and 1"),
+        ({"dropout": 1.1}, ValueError, "dropout: 1.1; must be between 0 and 1"),
+        ({"dropout": math.nan}, ValueError, "dropout: nan; must be between 0 and 1"),
+        ({"init": "lecun"}, ValueError, "init: 'lecun'; allowed are 'auto', 'he', 'xavier', 'orthogonal', 'torch'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_named(arguments, error, message):
+    with pytest.raises(error) as raised:
+        MLP(**{"in_features": IN, "hidden_features": HIDDEN, "out_features": OUT} | arguments)
+    assert str(raised.value).startswith(message)
+
+
+# Everything from here to the end holds the fused chain to its contract: nobody can tell.
+
+
+@pytest.mark.parametrize("rows_need_grad", [True, False], ids=["input_grad", "no_input_grad"])
+def test_a_plain_net_is_one_node_and_few_launches(rows_need_grad, net, x, kernels):
+    with cost.ledger() as ledger:
+        net(x.requires_grad_(rows_need_grad)).sum().backward()
+    names = [launch.name for launch in ledger.launches]
+    assert {name: names.count(name) for name in names} == {
+        "linear_fwd": 3,
+        "linear_wgrad": 3,
+        "linear_dgrad": 3 if rows_need_grad else 2,
+    }
+
+
+def linear_nodes(y):
+    """How many autograd nodes of linear layers lie behind y."""
+    seen, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    return sum("LinearFunction" in node.name() for node in seen)
+
+
+def test_a_plain_net_is_one_autograd_node(net, x, kernels):
+    assert linear_nodes(net(x)) == 1
+
+
+def test_other_modules_part_the_chain(x, device, kernels):
+    assert linear_nodes(MLP(IN, HIDDEN, OUT, batch_norm=True, device=device)(x)) == 3
+
+
+def test_inference_keeps_nothing(net, x, kernels):
+    with torch.no_grad(), cost.ledger() as ledger:
+        net(x)
+    parameters = sum(p.numel() for p in net.parameters())
+    activations = len(x) * sum((IN, *HIDDEN, *HIDDEN, OUT))
+    assert ledger.bytes == 4 * (parameters + activations)
+
+
+def tensors(*given):
+    """The tensors of hook arguments, which nest tuples and None."""
+    return [t.clone() for item in given for t in (item if isinstance(item, tuple) else (item,)) if t is not None]
+
+
+HOOKS = {
+    "forward": lambda m, seen: m.register_forward_hook(lambda m, a, y: seen.extend(tensors(a, y))),
+    "forward_with_kwargs": lambda m, seen: m.register_forward_hook(
+        lambda m, a, k, y: seen.extend(tensors(a, y)), with_kwargs=True
+    ),
+    "forward_always": lambda m, seen: m.register_forward_hook(
+        lambda m, a, y: seen.extend(tensors(a, y)), always_call=True
+    ),
+    "forward_changing_output": lambda m, seen: m.register_forward_hook(lambda m, a, y: y * 2),
+    "forward_pre": lambda m, seen: m.register_forward_pre_hook(lambda m, a: seen.extend(tensors(a))),
+    "forward_pre_changing_input": lambda m, seen: m.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
+    "backward": lambda m, seen: m.register_full_backward_hook(lambda m, gx, gy: seen.extend(tensors(gx, gy))),
+    "backward_changing_gradient": lambda m, seen: m.register_full_backward_hook(lambda m, gx, gy: (gx[0] * 2,)),
+    "backward_pre": lambda m, seen: m.register_full_backward_pre_hook(lambda m, gy: seen.extend(tensors(gy))),
+}
+
+
+@pytest.mark.parametrize("child", range(5), ids=["first_linear", "relu", "linear", "last_relu", "last_linear"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_on_a_child(hook, child, net, x, backend):
+    def scenario(net, x):
+        seen = []
+        hook(net[child], seen)
+        results = step(net, x)
+        return [*results, *seen]
+
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+GLOBAL_HOOKS = {
+    "forward": (torch_module.register_module_forward_hook, lambda seen: lambda m, a, y: seen.extend(tensors(a, y))),
+    "forward_pre": (torch_module.register_module_forward_pre_hook, lambda seen: lambda m, a: seen.extend(tensors(a))),
+    "backward": (
+        torch_module.register_module_full_backward_hook,
+        lambda seen: lambda m, gx, gy: seen.extend(tensors(gx, gy)),
+    ),
+    "backward_pre": (
+        torch_module.register_module_full_backward_pre_hook,
+        lambda seen: lambda m, gy: seen.extend(tensors(gy)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("register", "hook"), GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS)
+def test_global_hooks(register, hook, net, x, backend):
+    def scenario(net, x):
+        seen = []
+        handle = register(hook(seen))
+        try:
+            results = step(net, x)
+        finally:
+            handle.remove()
+        return [*results, *seen]
+
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+def test_a_removed_hook_leaves_the_net_fused(net, x, kernels):
+    net[2].register_forward_hook(lambda *_: None).remove()
+    assert linear_nodes(net(x)) == 1
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+class LoudGELU(nn.GELU):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class LoudReLU(nn.ReLU):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class Tagged(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def replace(child, module):
+    def change(net):
+        net[child] = module()
+
+    return change
+
+
+def subclass_linear(net):
+    class LoudLinear(type(net[2])):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    net[2].__class__ = LoudLinear
+
+
+def patch_forward(child):
+    def change(net):
+        original = net[child].forward
+        net[child].forward = lambda input: original(input) * 2
+
+    return change
+
+
+def swap_in_torchs_linear(net):
+    twin = nn.Linear(24, 17, device=net[2].weight.device, dtype=net[2].weight.dtype)
+    twin.load_state_dict(net[2].state_dict())
+    net[2] = twin
+
+
+def tag_weight(net):
+    net[2].weight = nn.Parameter(net[2].weight.detach().as_subclass(Tagged))
+
+
+def share_a_child(net):
+    net[3] = net[1] = nn.Tanh()
+    net.append(nn.Linear(OUT, OUT).to(net[0].weight))
+    net[-1].load_state_dict({"weight": torch.eye(OUT) * 0.5, "bias": torch.ones(OUT)})
+    net.append(net[-1])
+
+
+def freeze(*names):
+    def change(net):
+        for name in names:
+            net.get_parameter(name).requires_grad_(False)
+
+    return change
+
+
+CHANGES = {
+    "parametrized_weight": lambda net: parametrize.register_parametrization(net[2], "weight", Twice()),
+    "parametrized_bias": lambda net: parametrize.register_parametrization(net[2], "bias", Twice()),
+    "weight_norm": lambda net: parametrizations.weight_norm(net[0]),
+    "subclass_of_linear": subclass_linear,
+    "subclass_of_relu": replace(1, LoudReLU),
+    "subclass_of_gelu": replace(1, lambda: LoudGELU(approximate="tanh")),
+    "torchs_linear": swap_in_torchs_linear,
+    "inplace_relu": replace(1, lambda: nn.ReLU(inplace=True)),
+    "inplace_silu": replace(3, lambda: nn.SiLU(inplace=True)),
+    "another_leaky_relu": replace(1, lambda: nn.LeakyReLU(0.3)),
+    "another_elu": replace(1, lambda: nn.ELU(0.5)),
+    "another_relu6": replace(1, lambda: vars(relu6 := nn.ReLU6()).update(max_val=0.5) or relu6),
+    "softplus": replace(1, nn.Softplus),
+    "identity": replace(1, nn.Identity),
+    "nested": replace(1, lambda: nn.Sequential(nn.ReLU(), nn.Tanh())),
+    "two_activations": lambda net: net.insert(1, nn.Sigmoid()),
+    "patched_linear": patch_forward(2),
+    "patched_relu": patch_forward(3),
+    "tensor_subclass": tag_weight,
+    "shared_child": share_a_child,
+    "frozen_weight": freeze("2.weight"),
+    "frozen_bias": freeze("2.bias"),
+    "frozen_first_layers": freeze("0.weight", "0.bias", "2.weight", "2.bias"),
+    "frozen_last_layer": freeze("4.weight", "4.bias"),
+    "some_children_in_eval_mode": lambda net: [net[i].eval() for i in (0, 3)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_net(change, net, x, backend):
+    def scenario(net, x):
+        change(net)
+        return step(net, x)
+
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+def test_batch_norm_and_dropout_in_their_own_modes(x, device):
+    net = MLP(IN, HIDDEN, OUT, batch_norm=True, dropout=0.3, device=device)
+
+    def scenario(net, x):
+        net[1].eval()
+        net[7].eval()
+        return step(net, x)
+
+    with launch.backend("torch"):
+        assert_undetectable(scenario, net, by_hand(net, batch_norm=True, dropout=0.3), x, "torch")
+
+
+def test_a_class_whose_forward_was_patched(net, x, backend, monkeypatch):
+    hand = by_hand(net)
+    original = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, input: original(self, input) * 2)
+    assert_undetectable(step, net, hand, x, backend)
+
+
+def test_linear_relu_children(x, device, backend):
+    net = MLP(IN, HIDDEN, OUT, device=device)
+
+    def scenario(net, x):
+        if isinstance(net, MLP):
+            for i in (0, 2):
+                net[i].__class__ = LinearReLU
+            del net[3], net[1]
+        return step(net, x)
+
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+def test_frozen_layers_cost_nothing(net, x, kernels):
+    freeze("0.weight", "0.bias", "2.weight", "2.bias")(net)
+    with cost.ledger() as ledger:
+        net(x).sum().backward()
+    assert [launch.name for launch in ledger.launches] == [*["linear_fwd"] * 3, "linear_wgrad"]
+
+
+def nudged(net):
+    return {name: p.detach() + 0.1 for name, p in net.named_parameters()}
+
+
+SCENARIOS = {
+    "functional_call": lambda net, x: [functional_call(net, nudged(net), (x,))],
+    "vmap": lambda net, x: [vmap(net)(x)],
+    "jacrev": lambda net, x: [jacrev(net)(x[0])],
+    "gradient_of_parameters": lambda net, x: [
+        *torch.func.grad(lambda p: loss_of(functional_call(net, p, (x,))))(nudged(net)).values()
+    ],
+    "create_graph": lambda net, x: [
+        *torch.autograd.grad(
+            torch.autograd.grad(loss_of(net(x.requires_grad_())), x, create_graph=True)[0].square().sum(),
+            [net[0].weight, net[2].weight, net[4].weight],
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_transforms(scenario, net, x, backend):
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, net, x, backend):
+    def scenario(net, x):
+        with mode():
+            y = net(x)
+        assert not y.requires_grad
+        assert y.is_inference() == (mode is torch.inference_mode)
+        return [y]
+
+    assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
+def test_autocast(batch_norm, dtype, x, device, backend):
+    net = MLP(IN, HIDDEN, OUT, activation="gelu", batch_norm=batch_norm, device=device)
+
+    def scenario(net, x):
+        with torch.autocast(device.type, dtype):
+            return step(net, x)
+
+    assert_undetectable(scenario, net, by_hand(net, "gelu", batch_norm), x, backend)
+
+
+class TestDistributed:
+    pytestmark = pytest.mark.usefixtures("process_group")
+
+    def test_one_autograd_node_per_layer(self, net, x, kernels):
+        assert linear_nodes(net(x)) == 3
+
+    def test_gradients(self, net, x, backend):
+        assert_undetectable(step, net, by_hand(net), x, backend)
+
+    def test_gradients_under_ddp(self, net, x, backend):
+        def scenario(net, x):
+            return step(nn.parallel.DistributedDataParallel(net), x)
+
+        assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+    def test_dtensor_parameters(self, net, x, device, backend):
+        mesh = init_device_mesh(device.type, (1,))
+
+        def scenario(net, x):
+            distribute_module(net, mesh)
+            results = step(net, distribute_tensor(x, mesh))
+            return [t.full_tensor() for t in results]
+
+        assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+class TestCheckpoint:
+    FULL = {"activation": "gelu", "batch_norm": True, "dropout": 0.3}
+
+    @pytest.fixture
+    def nets(self, device):
+        net = MLP(IN, HIDDEN, OUT, **self.FULL, device=device)
+        checkpointed = MLP(IN, HIDDEN, OUT, **self.FULL, checkpoint=True, device=device)
+        checkpointed.load_state_dict(net.state_dict())
+        return net, checkpointed
+
+    def assert_same(self, scenario, nets, x):
+        results = [scenario(net, x) for net in nets]
+        assert all(map(torch.equal, *results))
+
+    def test_output_gradients_masks_and_buffers(self, nets, x, backend):
+        self.assert_same(step, nets, x)
+
+    def test_an_input_that_needs_no_gradient(self, nets, x, backend):
+        def scenario(net, x):
+            torch.manual_seed(1)
+            net(x).sum().backward()
+            return [p.grad for p in net.parameters()]
+
+        self.assert_same(scenario, nets, x)
+
+    def test_under_autocast(self, nets, x, device, backend):
+        def scenario(net, x):
+            torch.manual_seed(1)
+            with torch.autocast(device.type, torch.bfloat16):
+                y = net(x)
+            loss_of(y).backward()
+            return [y, *(p.grad for p in net.parameters())]
+
+        self.assert_same(scenario, nets, x)
+
+    def test_in_eval_mode(self, nets, x, backend):
+        self.assert_same(lambda net, x: step(net.eval(), x), nets, x)
+
+    @pytest.mark.parametrize("before", [True, False], ids=["train_to_eval", "eval_to_train"])
+    def test_a_mode_changed_before_backward(self, before, nets, x, backend):
+        def scenario(net, x):
+            torch.manual_seed(1)
+            y = net.train(before)(x)
+            loss_of(net.train(not before) and y).backward()
+            assert {child.training for child in net.modules()} == {not before}
+            return [y, *(p.grad for p in net.parameters()), *net.buffers()]
+
+        self.assert_same(scenario, nets, x)
+
+    def test_batch_norm_inside_a_child(self, nets, x, backend):
+        def scenario(net, x):
+            net[1] = nn.Sequential(net[1], nn.Tanh())
+            return step(net, x)
+
+        self.assert_same(scenario, nets, x)
+
+    def test_the_next_step_counts_again(self, nets, x, backend):
+        def scenario(net, x):
+            step(net, x)
+            step(net, x)
+            assert net[1].num_batches_tracked == 2
+            return list(net.buffers())
+
+        self.assert_same(scenario, nets, x)
+
+    def test_keeps_less(self, nets, x, backend):
+        def bytes_kept(net):
+            kept = {}
+            own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+            def pack(t):
+                kept[t.untyped_storage().data_ptr()] = t
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = net(x)
+            assert y.requires_grad
+            return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+
+        # The input of every linear layer, and of batch norm's small statistics nothing.
+        assert bytes_kept(nets[1]) == 4 * len(x) * sum((IN, *HIDDEN))
+        assert bytes_kept(nets[0]) > 2 * bytes_kept(nets[1])
+
+
+COMPILED = {
+    "plain": {},
+    "checkpoint": {"activation": "gelu", "checkpoint": True},
+    "batch_norm": {"batch_norm": True},
+    "batch_norm_checkpoint": {"batch_norm": True, "checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("arguments", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_step_is_the_eager_step(arguments, x, device, backend):
+    net = MLP(IN, HIDDEN, OUT, **arguments, device=device)
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, step(compiled, x), step(net, x)))
