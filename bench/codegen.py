@@ -1,14 +1,16 @@
 """Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
 
 `python -m fusemlp.bench.codegen ARCH [ARCH ...]` with ARCH 80, 90 or 100 prints one JSON object per kernel and pinned
-configuration: registers, bytes of stack (spills), shared memory, and counts of the instructions that tell whether the
-tensor cores and the asynchronous copies are used. Needs a process in which Triton does not interpret.
+configuration: registers, bytes of stack (spills), shared memory, counts of the instructions that tell whether the
+tensor cores and the asynchronous copies are used, and the budgets it breaks. Exits with 1 if any is broken. Needs a
+process in which Triton does not interpret.
 """
 
 import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +33,7 @@ from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wg
 
 # HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -65,6 +68,27 @@ class Resources:
     stack: int
     shared: int
     instructions: dict[str, int]
+
+    def broken_budgets(self) -> list[str]:
+        """What this kernel should not do, or should and does not."""
+        case, count = self.case, self.instructions
+        tensor_cores = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[self.arch]
+        # A tile of 16 rows is too short for the warp-group instructions of sm_90 and sm_100.
+        if " 16x" in case:
+            tensor_cores = "HMMA"
+        products = "linear_" in case and "ieee" not in case
+        checks = {
+            f"stack {self.stack} B": self.stack > self._stack_budget(),
+            f"shared memory {self.shared} B": self.shared > SHARED_LIMIT[self.arch],
+            f"no {tensor_cores}": products and not count[tensor_cores],
+            "no TMA load": " tma" in case and not count["UTMALDG"],
+            "no asynchronous copy": products and " pointer" in case and not count["LDGSTS"],
+        }
+        return [message for message, broken in checks.items() if broken]
+
+    def _stack_budget(self) -> int:
+        """Bytes. None on the architecture the tiles were chosen for; elsewhere the compiler may park a few words."""
+        return 0 if self.arch == 90 and "ieee" not in self.case else 16
 
 
 def read_resources(compiled: Any, case: str, arch: int) -> Resources:
@@ -111,42 +135,52 @@ def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
         yield "ieee", torch.float32, entry
 
 
-def audit(arch: int) -> Iterator[Resources]:
-    """Compile everything for one architecture."""
+def audit(arch: int, only: str) -> Iterator[Resources]:
+    """Compile, for one architecture, every case whose name the regular expression `only` finds."""
     driver.set_active(StubDriver(arch))  # pyright: ignore[reportArgumentType]
     compiled: list[Any] = []
 
     def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
         compiled.append(kernel.warmup(*args, grid=(programs, 1, 1), **meta))
 
+    def compiled_by(call: Callable[[], Any], case: str) -> Iterator[Resources]:
+        if re.search(only, case):
+            compiled.clear()
+            plan_gemm.cache_clear()
+            call()
+            yield read_resources(compiled[0], case, arch)
+
     with patch.object(launch, "launch", compile_only):
         for precision, dtype, entry in configurations(arch):
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-            tile = f"{entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
-            for split_k in (1, 4):
-                with patch.object(config, "select_gemm", lambda *_, chosen=(entry, split_k), **__: chosen):
-                    for name, heavy, call in gemm_cases(dtype):
-                        if (heavy and entry is config.TMA_16BIT[0]) or (split_k > 1 and name != "linear_wgrad"):
-                            continue
-                        compiled.clear()
-                        plan_gemm.cache_clear()
-                        call()
-                        yield read_resources(compiled[0], f"{name} {precision} {tile} split {split_k}", arch)
+            tile = f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
+            for name, heavy, call in gemm_cases(dtype):
+                if heavy and entry is config.TMA_16BIT[0]:
+                    continue
+                for split_k in (1, 4) if name == "linear_wgrad" else (1,):
+                    with patch.object(config, "select_gemm", lambda *_, chosen=(entry, split_k), **__: chosen):
+                        yield from compiled_by(call, f"{name} {tile} split {split_k}")
         for name, entry in ACTIVATIONS.items():
             dy = torch.empty(4096, 1024, dtype=torch.bfloat16)
             kept = torch.empty(4096, 128, dtype=torch.uint8) if entry.saves == "bitmask" else dy
-            compiled.clear()
-            activation_bwd(dy, name, kept)
-            yield read_resources(compiled[0], f"activation_bwd {name}", arch)
+            yield from compiled_by(
+                lambda dy=dy, name=name, kept=kept: activation_bwd(dy, name, kept), f"activation_bwd {name}"
+            )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and print what it uses.")
     parser.add_argument("arch", type=int, nargs="+", choices=(80, 90, 100))
-    for arch in parser.parse_args().arch:
-        for resources in audit(arch):
-            print(json.dumps(asdict(resources)), flush=True)
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
+    arguments = parser.parse_args()
+    broken = 0
+    for arch in arguments.arch:
+        for resources in audit(arch, arguments.only):
+            budgets = resources.broken_budgets()
+            broken += len(budgets)
+            print(json.dumps(asdict(resources) | {"broken_budgets": budgets}), flush=True)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

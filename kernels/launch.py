@@ -70,7 +70,7 @@ def explain(*tensors: Tensor | None) -> Choice:
     if first.is_cuda:
         if _requested == "triton":
             return Choice("triton", "asked for by name")
-        return _measured_best(first)
+        return best_on_gpu(first.dtype, first.device)
     if _requested == "triton":
         if INTERPRET and first.device.type == "cpu":
             return Choice("triton", "asked for by name; runs in Triton's interpreter")
@@ -81,12 +81,14 @@ def explain(*tensors: Tensor | None) -> Choice:
     return Choice("torch", f"tensors on {first.device.type} are served by PyTorch")
 
 
-def _measured_best(x: Tensor) -> Choice:
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+@torch.compiler.assume_constant_result
+def best_on_gpu(dtype: torch.dtype, device: torch.device) -> Choice:
+    """The better code for products of this dtype on a CUDA device, and why."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice("torch", "kernels need compute capability 8.0")
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return Choice("torch", "float64 products are cuBLAS's")
-    if x.dtype == torch.float32 and not tf32_allowed():
+    if dtype == torch.float32 and not tf32_allowed():
         return Choice("torch", "float32 products at full precision have no tensor-core path: cuBLAS's")
     return Choice("triton", "tensor cores")
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -220,17 +219,14 @@ def _recompute_contexts(block: Sequence[nn.Module]):
 
 @contextmanager
 def _as_the_first_time(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Modules in the given modes, except that batch norm does not count the batch: the first forward has counted it."""
-    found = [(module, module.training) for module, _ in modes]
-    norms = [m for m, training in modes if training and isinstance(m, _BatchNorm) and m.track_running_stats]
+    """Modules in the modes of the first forward; their buffers are spared, so that batch norm counts no batch twice."""
+    found = [(module, module.training, module._buffers) for module, _ in modes]
     for module, training in modes:
         module.training = training
-    for norm in norms:
-        norm.track_running_stats = False
+        if training:
+            module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
-        for module, training in found:
-            module.training = training
+        for module, training, buffers in found:
+            module.training, module._buffers = training, buffers

@@ -153,7 +153,7 @@ def test_a_tensor_without_memory_is_refused(device):
         gemm("test", a.as_subclass(Wrapper), a, torch.empty(4, 4, device=device))
 
 
-def test_tf32_only_when_allowed(monkeypatch):
+def test_tf32_only_when_allowed(monkeypatch, device):
     asked = {}
 
     def select(*_, tensor_cores, **__):
@@ -162,10 +162,10 @@ def test_tf32_only_when_allowed(monkeypatch):
 
     monkeypatch.setattr(config, "select_gemm", select)
     plan_gemm.cache_clear()
-    a = torch.randn(4, 4)
+    a = torch.randn(4, 4, device=device)
     for precision, expected in (("highest", False), ("high", True)):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        gemm("test", a, a, torch.empty(4, 4))
+        gemm("test", a, a, torch.empty(4, 4, device=device))
         assert asked["tensor_cores"] is expected
 
 

@@ -344,19 +344,18 @@ def test_bad_input_names_the_argument(args, kwargs, error, message, backend):
         F.linear(*args, **kwargs)
 
 
-def test_lectures_chain_rule_by_hand():
+def test_lectures_chain_rule_by_hand(kernels, device):
     """f_0 = b0 + w0 x, h_1 = sin f_0, f_1 = b1 + w1 h_1, h_2 = exp f_1, f_2 = b2 + w2 h_2, h_3 = cos f_2."""
     x, (b0, w0), (b1, w1), (b2, w2) = 0.7, (0.3, 1.1), (-0.2, 0.8), (0.5, 0.6)
     as_tensors = [
-        (torch.tensor([[w]], dtype=torch.float64), torch.tensor([b], dtype=torch.float64))
+        tuple(torch.tensor(v, dtype=torch.float64, device=device) for v in ([[w]], [b]))
         for b, w in ((b0, w0), (b1, w1), (b2, w2))
     ]
     params = [t.requires_grad_() for pair in as_tensors for t in pair]
-    with launch.backend("triton"):
-        h = torch.tensor([[x]], dtype=torch.float64)
-        for (w, b), fn in zip(as_tensors, (torch.sin, torch.exp, torch.cos), strict=True):
-            h = fn(F.linear(h, w, b))
-        grads = [g.item() for g in torch.autograd.grad(h, params)]
+    h = torch.tensor([[x]], dtype=torch.float64, device=device)
+    for (w, b), fn in zip(as_tensors, (torch.sin, torch.exp, torch.cos), strict=True):
+        h = fn(F.linear(h, w, b))
+    grads = [g.item() for g in torch.autograd.grad(h, params)]
     f0 = b0 + w0 * x
     h1 = torch.tensor(f0, dtype=torch.float64).sin().item()
     h2 = torch.tensor(b1 + w1 * h1, dtype=torch.float64).exp().item()
@@ -366,17 +365,15 @@ def test_lectures_chain_rule_by_hand():
     assert grads == pytest.approx([df0 * x, df0, df1 * h1, df1, df2 * h2, df2], rel=1e-12)
 
 
-def test_lectures_softmax_gradient():
+def test_lectures_softmax_gradient(kernels, device):
     """Three classes, y = [0, 1, 0], L = -log P_2: dL/dO = [P_1, P_2 - 1, P_3], dL/dW its outer product with M_L."""
-    m = torch.tensor([[0.4, -1.3]], dtype=torch.float64)
-    w, b = torch.randn(3, 2, dtype=torch.float64).requires_grad_(), torch.randn(3, dtype=torch.float64).requires_grad_()
-    with launch.backend("triton"):
-        logits = F.linear(m, w, b)
-        loss = -torch.log_softmax(logits, 1)[0, 1]
-        dlogits, dw, db = torch.autograd.grad(loss, (logits, w, b))
-    expected = torch.softmax(logits.detach(), 1) - torch.tensor([[0.0, 1.0, 0.0]])
+    m, w, b = tensors((1, 2), (3, 2), (3,), dtype=torch.float64, device=device)
+    logits = F.linear(m, w, b)
+    loss = -torch.log_softmax(logits, 1)[0, 1]
+    dlogits, dw, db = torch.autograd.grad(loss, (logits, w, b))
+    expected = torch.softmax(logits.detach(), 1) - torch.tensor([[0.0, 1.0, 0.0]], device=device)
     torch.testing.assert_close(dlogits, expected)
-    torch.testing.assert_close(dw, expected.t() @ m)
+    torch.testing.assert_close(dw, expected.t() @ m.detach())
     torch.testing.assert_close(db, expected[0])
 
 

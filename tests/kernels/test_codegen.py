@@ -1,0 +1,100 @@
+"""What the compiler makes of the kernels, and how compiled kernels are launched: no GPU, and no interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.codegen
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+# Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench.codegen 80 90 100` has them all.
+REPRESENTATIVE = "(linear_fwd|linear_dgrad|activation_bwd) (relu|silu) |linear_wgrad .* split 1"
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], env=COMPILING, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+def test_every_configuration_keeps_its_budgets(arch):
+    done = run("-m", "fusemlp.bench.codegen", str(arch), "--only", REPRESENTATIVE)
+    assert done.returncode in (0, 1), done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) >= 40
+    assert [(row["case"], row["broken_budgets"]) for row in rows if row["broken_budgets"]] == []
+
+
+def test_a_broken_budget_is_reported():
+    broken = """
+from fusemlp.bench.codegen import INSTRUCTIONS, Resources
+counts = dict.fromkeys(INSTRUCTIONS, 0)
+print(Resources("k", "linear_fwd bf16 128x256x64 tma split 1", 90, 255, 8, 300_000, counts).broken_budgets())
+"""
+    expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load"]
+    assert run("-c", broken).stdout.strip() == str(expected)
+
+
+LAUNCHES = '''
+import json, sys, torch
+from triton.runtime import driver
+from fusemlp.bench.codegen import StubDriver
+from fusemlp.kernels import launch
+from fusemlp.kernels.gemm import gemm
+
+calls = []
+
+class Launcher:
+    """Stands where the GPU would: writes down which kernel is launched, and with what."""
+    def __init__(self, src, metadata):
+        self.hash = metadata.hash
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        shown = [a.data_ptr() if isinstance(a, torch.Tensor) else str(a) for a in args]
+        calls.append((self.hash, x, y, z, shown))
+
+class Utils:
+    def load_binary(self, *_):
+        return None, None, 0, 0, 1024
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448}
+
+class Driver(StubDriver):
+    launcher_cls, utils = Launcher, Utils()
+
+driver.set_active(Driver(90))
+
+def operands(M, N, K, dtype=torch.bfloat16, offset=0, transposed=False):
+    a = torch.empty(M * K + offset, dtype=dtype)[offset:].view(M, K)
+    b = torch.empty(K, N, dtype=dtype)
+    return a, b.t().contiguous().t() if transposed else b, torch.empty(M, N, dtype=dtype)
+
+variants = [
+    operands(64, 64, 64), operands(64, 64, 63), operands(64, 64, 1), operands(1, 64, 64),
+    operands(64, 64, 64, offset=1), operands(64, 64, 64, transposed=True), operands(64, 64, 64, torch.float16),
+    operands(65, 64, 64), operands(64, 72, 64),
+]
+for cached in (False, True, True):
+    calls.append("round")
+    for a, b, out in variants:
+        if not cached:
+            launch._compiled.clear()
+        gemm("test", a, b, out)
+rounds, current = [], None
+for call in calls:
+    if call == "round":
+        current = []
+        rounds.append(current)
+    else:
+        current.append(call)
+print(json.dumps(rounds))
+'''
+
+
+def test_cached_launches_are_tritons_own():
+    done = run("-c", LAUNCHES)
+    assert done.returncode == 0, done.stderr
+    triton_rounds, filling, from_cache = json.loads(done.stdout.splitlines()[-1])
+    assert len({call[0] for call in triton_rounds}) > 4
+    assert filling == triton_rounds
+    assert from_cache == triton_rounds

@@ -1,0 +1,67 @@
+"""Which backend serves a tensor, and what a launch is specialised for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fusemlp.kernels import launch
+
+BEST = [
+    pytest.param((7, 5), torch.bfloat16, "high", "torch", "compute capability", id="old-gpu"),
+    pytest.param((9, 0), torch.float64, "high", "torch", "float64", id="float64"),
+    pytest.param((9, 0), torch.float32, "highest", "torch", "full precision", id="float32-highest"),
+    pytest.param((9, 0), torch.float32, "high", "triton", "tensor cores", id="float32-high"),
+    pytest.param((8, 0), torch.float16, "highest", "triton", "tensor cores", id="float16"),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "precision", "backend", "reason"), BEST)
+def test_best_on_gpu(capability, dtype, precision, backend, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    choice = launch.best_on_gpu(dtype, torch.device("cuda", 0))
+    assert choice.backend == backend
+    assert reason in choice.reason
+
+
+def test_the_choice_is_a_constant_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def double_on_triton(x):
+        return 2 * x if launch.best_on_gpu(torch.bfloat16, x.device).backend == "triton" else x
+
+    compiled = torch.compile(double_on_triton, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_wrong_backend_in_the_environment_is_refused_at_import():
+    done = subprocess.run(
+        [sys.executable, "-c", "import fusemlp.kernels.launch"],
+        env={**os.environ, "FUSEMLP_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ValueError: FUSEMLP_BACKEND: 'cuda' is not one of auto, triton, torch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(torch.empty(4), torch.empty(5)[1:], id="alignment"),
+        pytest.param(torch.empty(4), torch.empty(4).half(), id="dtype"),
+        pytest.param(1, 2, id="being-one"),
+        pytest.param(16, 17, id="divisibility"),
+        pytest.param(2**31 - 16, 2**31, id="width"),
+        pytest.param(None, 0, id="none"),
+        pytest.param((torch.empty(4), 1), (torch.empty(4), 3), id="nested"),
+    ],
+)
+def test_specialization_tells_apart_what_triton_compiles_apart(one, other):
+    assert launch.specialization((one,)) != launch.specialization((other,))
+
+
+def test_specialization_does_not_tell_addresses_apart():
+    assert launch.specialization((torch.empty(4), 32)) == launch.specialization((torch.empty(8), 48))
