@@ -63,8 +63,8 @@ def explain(*tensors: Tensor | None) -> Choice:
         return Choice("torch", "Triton is not installed")
     if any(t.numel() == 0 for t in given):
         return Choice("torch", "an empty tensor launches nothing")
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
-        return Choice("torch", "a tensor subclass dispatches by itself")
+    if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in given):
+        return Choice("torch", "tensor subclasses and sparse tensors dispatch by themselves")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
     if first.is_cuda:

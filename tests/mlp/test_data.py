@@ -1,0 +1,143 @@
+"""From tables to tensors."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fusemlp.mlp.data import DATASETS, load_data
+from fusemlp.mlp.errors import InputError
+
+
+def load(csv=None, target=None, task="auto", dataset="iris", seed=0):
+    return load_data(dataset, None if csv is None else str(csv), target, task, seed)
+
+
+def people(rows=60):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "age": rng.normal(40, 10, rows),
+            "town": rng.choice(["Ulm", "Bonn", "Jena"], rows),
+            "member": rng.choice([True, False], rows),
+            "left": np.arange(rows) % 3 == 0,
+        }
+    )
+
+
+def write(frame, tmp_path):
+    path = tmp_path / "people.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_every_shipped_set_is_split_60_20_20(name):
+    data = load(dataset=name)
+    rows = [len(split) for split in (data.train, data.val, data.test)]
+    assert np.allclose(np.array(rows) / sum(rows), [0.6, 0.2, 0.2], atol=0.06)
+    assert data.train.x.dtype is torch.float32
+    assert data.task == ("regression" if name in ("diabetes", "linnerud") else "classification")
+
+
+def test_split_is_stratified():
+    data = load(dataset="wine")
+    shares = [np.bincount(split.y, minlength=3) / len(split) for split in (data.train, data.val, data.test)]
+    assert np.allclose(shares, shares[0], atol=0.03)
+
+
+def test_no_row_is_in_two_splits(tmp_path):
+    frame = pd.DataFrame({"id": np.arange(100.0), "y": np.arange(100) % 2})
+    data = load(write(frame, tmp_path), "y")
+    ids = torch.cat([split.x[:, 0] for split in (data.train, data.val, data.test)])
+    assert len(ids.unique()) == 100
+
+
+def test_standardising_is_fitted_on_the_training_split():
+    data = load(dataset="breast_cancer")
+    assert torch.allclose(data.train.x.mean(0), torch.zeros(30), atol=1e-5)
+    assert torch.allclose(data.train.x.std(0, correction=0), torch.ones(30), atol=1e-5)
+    assert not torch.allclose(data.val.x.mean(0), torch.zeros(30), atol=1e-3)
+
+
+def test_categories_are_one_hot_and_missing_ones_a_category(tmp_path):
+    frame = people()
+    frame.loc[[1, 5, 9, 12, 20], "town"] = None
+    data = load(write(frame, tmp_path), "left")
+    assert data.train.x.shape[1] == 1 + 4 + 2
+    assert (data.train.x[:, 1:5].sum(1) == 1).all()
+
+
+def test_missing_numbers_become_the_training_median(tmp_path):
+    frame = pd.DataFrame({"a": np.arange(100.0), "y": np.arange(100) % 2})
+    frame.loc[3, "a"] = np.nan
+    data = load(write(frame, tmp_path), "y")
+    assert all(split.x.isfinite().all() for split in (data.train, data.val, data.test))
+
+
+def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
+    frame = people()
+    frame["left"] = frame["left"].map({True: "yes", False: "no"})
+    frame.loc[:4, "left"] = None
+    data = load(write(frame, tmp_path), "left")
+    assert data.dropped == 5
+    assert len(data.train) + len(data.val) + len(data.test) == 55
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        pytest.param(["a", "b"] * 30, "classification", id="names"),
+        pytest.param([0, 1, 2] * 20, "classification", id="few-whole-numbers"),
+        pytest.param(list(range(60)), "regression", id="many-whole-numbers"),
+        pytest.param([0.5, 1.25, 2.0] * 20, "regression", id="fractions"),
+    ],
+)
+def test_the_task_is_inferred(values, task, tmp_path):
+    assert load(write(people().assign(left=values), tmp_path), "left").task == task
+
+
+def test_regression_targets_come_back_in_their_own_units():
+    data = load(dataset="diabetes")
+    assert data.in_own_units(data.test.y).min() >= 25
+    assert abs(data.train.y.mean().item()) < 1e-5
+
+
+def test_a_seed_decides_the_split():
+    assert torch.equal(load(seed=3).train.x, load(seed=3).train.x)
+    assert not torch.equal(load(seed=3).train.x, load(seed=4).train.x)
+
+
+BAD_TABLES = [
+    pytest.param(people(), "lefd", "auto", "--target: .*no column 'lefd'; it has 'age', 'town'", id="no-target"),
+    pytest.param(people().assign(left="x"), "left", "auto", "--target: every row is of class 'x'", id="one-class"),
+    pytest.param(people().assign(age=None), "left", "auto", "--csv: column 'age' .* has no values", id="empty-column"),
+    pytest.param(people().assign(age=np.inf), "left", "auto", "--csv: column 'age' .* infinity", id="infinity"),
+    pytest.param(people(3).assign(left=list("xxy")), "left", "auto", "class 'y' has 1 row; .* at least 5", id="rare"),
+    pytest.param(people()[["left"]], "left", "auto", "--csv: .*no column beside the target", id="no-features"),
+    pytest.param(people()[:0], "left", "auto", "--csv: .*a header and no rows", id="no-rows"),
+    pytest.param(people(), "town", "regression", "--task: regression needs numbers.*'town'", id="names-regression"),
+    pytest.param(people(8), "age", "regression", "--csv: 8 rows with a target; .* at least 10", id="few-rows"),
+]
+
+
+@pytest.mark.parametrize(("frame", "target", "task", "message"), BAD_TABLES)
+def test_bad_tables_name_the_option(frame, target, task, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(write(frame, tmp_path), target, task)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        pytest.param(None, "does not exist", id="missing"),
+        pytest.param(b"", "is empty", id="empty"),
+        pytest.param(b"\x00\xff\xfe\x80", "cannot be read as a CSV file|has no column", id="binary"),
+        pytest.param(b'a,b\n1,2,3,4\n"', "cannot be read as a CSV file", id="ragged"),
+    ],
+)
+def test_bad_files_name_the_option(contents, message, tmp_path):
+    path = tmp_path / "table.csv"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(InputError, match=message):
+        load(path, "b")

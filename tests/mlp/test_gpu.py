@@ -1,0 +1,100 @@
+"""What only a GPU can show. Each is reported as not run where there is none."""
+
+import pytest
+import torch
+from fusemlp.kernels import launch
+from fusemlp.mlp import MLP, reference
+from fusemlp.mlp import functional as F
+from tolerance import assert_as_close_as_torch
+
+pytestmark = pytest.mark.gpu
+
+
+def net_and_input(rows=512):
+    net = MLP(256, [512, 384], 64, device="cuda", dtype=torch.bfloat16)
+    return net, torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+
+
+def gradients(net, x):
+    return torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+
+
+def test_auto_serves_bfloat16_by_triton_and_float64_by_torch():
+    x = torch.ones(4, 4, device="cuda")
+    assert launch.explain(x.bfloat16()).backend == "triton"
+    assert launch.explain(x.double()).backend == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_tma_main_loop_three_way(dtype, activation, kernels):
+    x, w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((4096, 2048), (1536, 2048), (1536,)))
+    grad = torch.randn(4096, 1536, device="cuda").to(dtype)
+
+    def run(fn, *args):
+        leaves = [t.detach().requires_grad_() for t in args]
+        y = fn(*leaves, activation)
+        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    w = w / 2048**0.5
+    ours, torchs = run(F.linear, x, w, b), run(reference.linear, x, w, b)
+    truths = run(reference.linear, x.double(), w.double(), b.double())
+    for name, *three in zip(("y", "dx", "dw", "db"), ours, torchs, truths, strict=True):
+        assert_as_close_as_torch(*three, name)
+
+
+def test_a_training_step_in_a_cuda_graph():
+    net, x = net_and_input()
+    expected = gradients(net, x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients(net, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(net, x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, gradients(net, x), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_no_host_synchronisation():
+    net, x = net_and_input()
+    gradients(net, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(net, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_every_time():
+    net, x = net_and_input(65536)
+    first, second = gradients(net, x), gradients(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_kernels_run_on_the_current_stream():
+    net, x = net_and_input()
+    with torch.no_grad():
+        expected = net(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            late = net(x * 1)
+        assert not stream.query()
+        stream.synchronize()
+    assert torch.equal(late, expected)
+
+
+def test_relu_propagates_nan():
+    x = torch.full((64, 64), float("nan"), device="cuda", dtype=torch.bfloat16)
+    assert F.linear_relu(x, torch.eye(64, device="cuda", dtype=torch.bfloat16)).isnan().all()
+
+
+def test_compiles_with_inductor():
+    net, x = net_and_input()
+    compiled = torch.compile(net, fullgraph=True)
+    torch.testing.assert_close(gradients(compiled, x), gradients(net, x))
