@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: demo test
 demo: .venv/installed
-	$(BIN)/python -m fusemlp.mlp --out runs/demo
+	$(BIN)/python -m fusemlp.mlp --threads 1 --overwrite --out runs/demo
 
 test: .venv/installed
 	$(BIN)/ruff check .

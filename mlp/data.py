@@ -1,4 +1,6 @@
 """Tables as tensors: scikit-learn's shipped data sets or a CSV, split, imputed, encoded and standardised."""
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalIterable=false, reportReturnType=false
+# (pandas and scikit-learn ship no types, and those inferred from their code are too wide)
 
 import hashlib
 from collections.abc import Callable
@@ -115,8 +117,11 @@ def load_data(dataset: str, csv: str | None, target: str | None, task: Task | Li
 
     preprocessor = make_preprocessor().fit(features.iloc[train])
     tensor_x = torch.from_numpy(np.asarray(preprocessor.transform(features))).float()
-    splits = [Split(tensor_x[rows], tensor_y[rows]) for rows in (train, val, test)]
-    return Data(name, task, *splits, labels, scaler, int((~present).sum()))
+
+    def split(rows: np.ndarray) -> Split:
+        return Split(tensor_x[rows], tensor_y[rows])
+
+    return Data(name, task, split(train), split(val), split(test), labels, scaler, int((~present).sum()))
 
 
 def infer_task(targets: DataFrame) -> Task:

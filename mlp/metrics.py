@@ -20,7 +20,10 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
     classes = probabilities.shape[1]
     true, predicted, scores = target.numpy(), probabilities.argmax(1).numpy(), probabilities.numpy()
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        true, predicted, average="macro", zero_division=0
+        true,
+        predicted,
+        average="macro",
+        zero_division=0,  # pyright: ignore[reportArgumentType]
     )
     if classes == 2:
         roc_auc = metrics.roc_auc_score(true, scores[:, 1])

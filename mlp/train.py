@@ -129,7 +129,7 @@ class Training:
             self.history.append(
                 {
                     "epoch": self.epoch,
-                    "learning_rate": self.scheduler.get_last_lr()[0],
+                    "learning_rate": float(self.scheduler.get_last_lr()[0]),
                     "train_loss": sum(losses) / len(losses),
                     "val_loss": val_loss,
                     f"val_{headline}": val_metrics[headline],
@@ -174,7 +174,7 @@ class Training:
             self.scaler.scale(part).backward()
             loss += part.detach()
         if options.l1:
-            penalty = options.l1 * sum(weight.abs().sum() for weight in penalised(self.model))
+            penalty = options.l1 * torch.stack([weight.abs().sum() for weight in penalised(self.model)]).sum()
             self.scaler.scale(penalty).backward()
         return loss
 
