@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
 
-`python -m fusemlp.bench.codegen ARCH [ARCH ...]` with ARCH 80, 90 or 100 prints one JSON object per kernel and pinned
+`python -m fusemlp.bench codegen` prints one JSON object per kernel and pinned
 configuration: registers, bytes of stack (spills), shared memory, counts of the instructions that tell whether the
 tensor cores and the asynchronous copies are used, and the budgets it breaks. Exits with 1 if any is broken. Needs a
 process in which Triton does not interpret.
@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pandas as pd
 import torch
 import triton
 from torch import Tensor
@@ -30,6 +30,7 @@ from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import plan_gemm
 from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from .results import write_table
 
 # HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
@@ -168,19 +169,27 @@ def audit(arch: int, only: str) -> Iterator[Resources]:
             )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and print what it uses.")
-    parser.add_argument("arch", type=int, nargs="+", choices=(80, 90, 100))
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
-    arguments = parser.parse_args()
-    broken = 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arch", type=int, nargs="*", default=[80, 90, 100], help="80, 90, 100 (default: all three)")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a table per architecture there")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print every kernel's resources as JSON. Returns 1 if a budget is broken."""
+    if unknown := {*arguments.arch} - {*SHARED_LIMIT}:
+        raise ValueError(f"argument arch: {min(unknown)}; allowed are {', '.join(map(str, SHARED_LIMIT))}")
+    if launch.INTERPRET:
+        raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
+    broken = False
     for arch in arguments.arch:
-        for resources in audit(arch, arguments.only):
+        rows = []
+        for resources in audit(arch, arguments.filter):
             budgets = resources.broken_budgets()
-            broken += len(budgets)
-            print(json.dumps(asdict(resources) | {"broken_budgets": budgets}), flush=True)
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            row = asdict(resources) | {"broken_budgets": budgets}
+            print(json.dumps(row), flush=True)
+            rows.append(row | row.pop("instructions") | {"broken_budgets": "; ".join(budgets)})
+            broken |= bool(budgets)
+        if arguments.out is not None:
+            write_table(pd.DataFrame(rows), arguments.out, f"sm_{arch}")
+    return int(broken)

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.codegen
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-# Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench.codegen 80 90 100` has them all.
+# Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench codegen` has them all.
 REPRESENTATIVE = "(linear_fwd|linear_dgrad|activation_bwd) (relu|silu) |linear_wgrad .* split 1"
 
 
@@ -19,7 +19,7 @@ def run(*command):
 
 @pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
 def test_every_configuration_keeps_its_budgets(arch):
-    done = run("-m", "fusemlp.bench.codegen", str(arch), "--only", REPRESENTATIVE)
+    done = run("-m", "fusemlp.bench", "codegen", str(arch), "--filter", REPRESENTATIVE)
     assert done.returncode in (0, 1), done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) >= 40

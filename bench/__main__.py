@@ -1,0 +1,28 @@
+"""Measure: `python -m fusemlp.bench COMMAND --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import codegen
+
+COMMANDS = {"codegen": codegen}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0, 1 for a finding, 2 for arguments it cannot use."""
+    parser = argparse.ArgumentParser(prog="fusemlp-bench", description="Measure fusemlp and its competitors.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].main(arguments)
+    except ValueError as error:
+        print(f"fusemlp-bench {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

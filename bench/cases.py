@@ -1,0 +1,81 @@
+"""What is measured: layers and whole nets, each a frozen dataclass."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..mlp.model import MLP
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One linear layer with its activation: (rows, in_features) -> (rows, out_features)."""
+
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    activation: str | None = "relu"
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class NetCase:
+    """A training step or inference of a multilayer perceptron on `rows` rows."""
+
+    name: str
+    rows: int
+    in_features: int
+    hidden_features: tuple[int, ...]
+    out_features: int
+    activation: str = "relu"
+    batch_norm: bool = False
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+
+    def build(self, device: torch.device) -> MLP:
+        return MLP(
+            self.in_features,
+            self.hidden_features,
+            self.out_features,
+            activation=self.activation,
+            batch_norm=self.batch_norm,
+            dropout=self.dropout,
+            device=device,
+            dtype=self.dtype,
+        )
+
+    def widths(self) -> tuple[int, ...]:
+        return (self.in_features, *self.hidden_features, self.out_features)
+
+
+def _at(rows: tuple[int, ...], name: str, *shape, **options) -> tuple[NetCase, ...]:
+    return tuple(NetCase(f"{name} @ {each}", each, *shape, **options) for each in rows)
+
+
+NETS = (
+    *_at((2048, 65536), "DLRM bottom", 13, (512, 256), 128),
+    *_at((2048, 65536), "DLRM top", 479, (1024, 1024, 512, 256), 1),
+    *_at((8192, 65536), "tabular", 256, (1024, 1024), 10, batch_norm=True, dropout=0.1),
+    *_at((8192,), "wide", 4096, (16384,), 4096),
+    *_at((2**20,), "coordinate", 64, (64,) * 7, 64),
+    *_at((4096,), "head", 4096, (), 131072),
+    *_at((256,), "RL policy", 64, (256, 256), 8),
+)
+
+# Every distinct layer of the nets, the lecture's 500 -> 1000, and one per regime.
+LAYERS = (
+    LayerCase("lecture 500 -> 1000", 64, 500, 1000),
+    LayerCase("DLRM top 479 -> 1024", 65536, 479, 1024),
+    LayerCase("DLRM top 1024 -> 1024", 65536, 1024, 1024),
+    LayerCase("tabular 1024 -> 1024", 8192, 1024, 1024),
+    LayerCase("wide 4096 -> 16384", 8192, 4096, 16384),
+    LayerCase("narrow 64 -> 64", 2**20, 64, 64),
+    LayerCase("policy 256 -> 256", 256, 256, 256),
+    LayerCase("square 4096, one row", 1, 4096, 4096),
+)
+QUICK_NETS = (
+    NetCase("quick plain", 64, 32, (48, 40), 10, dtype=torch.float32),
+    NetCase("quick BN + dropout", 64, 32, (48,), 10, batch_norm=True, dropout=0.1, dtype=torch.float32),
+)
+QUICK_LAYERS = (LayerCase("quick 32 -> 48", 64, 32, 48, dtype=torch.float32),)

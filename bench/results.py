@@ -1,0 +1,34 @@
+"""Where results go: tables as CSV and JSON, and the machine they were measured on."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ..kernels.launch import HAS_TRITON
+from ..mlp.checkpoint import atomic_write
+
+
+def write_table(table: pd.DataFrame, out: Path, name: str) -> None:
+    """Write `out`/name.csv and name.json, and beside them environment.json, each atomically."""
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (
+        ("csv", table.to_csv(index=False)),
+        ("json", json.dumps(json.loads(str(table.to_json(orient="records"))), indent=2) + "\n"),
+    ):
+        with atomic_write(out / f"{name}.{suffix}") as file:
+            file.write(text.encode())
+    with atomic_write(out / "environment.json") as file:
+        file.write((json.dumps(environment(), indent=2) + "\n").encode())
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions that a measurement depends on."""
+    on_gpu = torch.cuda.is_available()
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    versions["triton"] = version("triton") if HAS_TRITON else None
+    return {"device": torch.cuda.get_device_name() if on_gpu else platform.machine(), **versions}
