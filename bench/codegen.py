@@ -1,9 +1,8 @@
 """Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
 
-`python -m fusemlp.bench codegen` prints one JSON object per kernel and pinned
-configuration: registers, bytes of stack (spills), shared memory, counts of the instructions that tell whether the
-tensor cores and the asynchronous copies are used, and the budgets it breaks. Exits with 1 if any is broken. Needs a
-process in which Triton does not interpret.
+`python -m fusemlp.bench codegen` prints one JSON object per kernel and pinned configuration: registers, bytes of stack
+(spills), shared memory, counts of the instructions that tell whether the tensor cores and the asynchronous copies are
+used, and the budgets it breaks. Exits with 1 if any is broken. Needs a process in which Triton does not interpret.
 """
 
 import argparse
@@ -186,9 +185,10 @@ def main(arguments: argparse.Namespace) -> int:
         rows = []
         for resources in audit(arch, arguments.filter):
             budgets = resources.broken_budgets()
-            row = asdict(resources) | {"broken_budgets": budgets}
-            print(json.dumps(row), flush=True)
-            rows.append(row | row.pop("instructions") | {"broken_budgets": "; ".join(budgets)})
+            row = asdict(resources)
+            print(json.dumps(row | {"broken_budgets": budgets}), flush=True)
+            del row["instructions"]
+            rows.append({**row, **resources.instructions, "broken_budgets": "; ".join(budgets)})
             broken |= bool(budgets)
         if arguments.out is not None:
             write_table(pd.DataFrame(rows), arguments.out, f"sm_{arch}")
