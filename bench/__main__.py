@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen
+from . import codegen, gpu_check
 
-COMMANDS = {"codegen": codegen}
+COMMANDS = {"gpu-check": gpu_check, "codegen": codegen}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

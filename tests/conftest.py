@@ -6,6 +6,8 @@ import torch
 # Triton reads this when a kernel is decorated, that is, when fusemlp is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# What PyTorch's own products ask for under torch.use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from fusemlp.kernels import launch
 from fusemlp.kernels.gemm import plan_gemm
