@@ -18,7 +18,7 @@ from .report import CONFIG, metrics_table, prepare_folder, write_history, write_
 from .train import HEADLINE, LAST, Training
 from .verify import run_verify
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -145,15 +145,15 @@ def make_parser() -> Parser:
         "--warmup", type=proper_fraction, metavar="F", default=0.1, help="fraction of the steps to climb in (0.1)"
     )
     optim.add_argument("--clip", type=positive, metavar="NORM", help="scale larger gradients down to this norm")
-    optim.add_argument("--batch-size", type=count, metavar="N", default=64, help="rows, at most, in a batch (64)")
+    optim.add_argument("--batch-size", type=count, metavar="N", default=32, help="rows, at most, in a batch (32)")
     optim.add_argument("--accumulate", type=count, metavar="K", default=1, help="batches to an optimizer step (1)")
-    optim.add_argument("--epochs", type=count, metavar="N", default=40, help="(40)")
+    optim.add_argument("--epochs", type=count, metavar="N", default=100, help="(100)")
     optim.add_argument(
         "--patience",
         type=count_or_zero,
         metavar="N",
-        default=15,
-        help="stop after N epochs without a lower validation loss; 0: never (15)",
+        default=20,
+        help="stop after N epochs without a lower validation loss; 0: never (20)",
     )
 
     run = parser.add_argument_group("run")

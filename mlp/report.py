@@ -79,7 +79,7 @@ def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> Table:
-    table = Table("metric", title=title)
+    table = Table("metric", title=title, min_width=len(title))
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from fusemlp.mlp.checkpoint import load_checkpoint, save_checkpoint
+from fusemlp.mlp.checkpoint import load_checkpoint
 from fusemlp.mlp.data import load_data
 from fusemlp.mlp.errors import Diverged, InputError
 from fusemlp.mlp.loss import make_loss
@@ -203,12 +203,8 @@ def test_divergence_names_step_and_layer_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_a_poisoned_weight_is_found(tmp_path):
-    done = run(tmp_path, "--epochs", 2)
-    state = done.state_dict()
     poisoned = training(tmp_path, "--epochs", 4)
-    poisoned.load_state_dict(state)
     with torch.no_grad():
         poisoned.model[3].weight[0, 0] = float("inf")
-    save_checkpoint(tmp_path / LAST, poisoned.state_dict())
     with pytest.raises(Diverged, match=r"layer 3 \(Linear\)"):
         poisoned.fit(ignore)
