@@ -33,13 +33,14 @@ def _gemm_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     k_per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-    for work in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0)):
+    # Flattened, the loads of the next tile run under the epilogue of this one; that needs every tile's K to be alike.
+    for work in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=TMA):
         split = work // tiles
         pid_m, pid_n = tile_order(work % tiles, tiles_m, tiles_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * BLOCK_N
-        k_begin = split * k_per_split
-        k_end = tl.minimum(k_begin + k_per_split, K)
+        k_begin = 0 if SPLIT_K == 1 else split * k_per_split
+        k_end = K if SPLIT_K == 1 else tl.minimum(k_begin + k_per_split, K)
         # Only the first column of tiles sums rows: a second copy of the loop keeps the branch out of the pipeline.
         if row_sum_ptr is not None and pid_n == 0:
             acc, row_sum = matmul_tile(
