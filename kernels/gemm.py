@@ -104,52 +104,6 @@ def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(reversed(block)))
 
 
-def gemm(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    epilogue: Epilogue = IDENTITY,
-    row_sum: Tensor | None = None,
-) -> None:
-    """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
-
-    a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
-    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers.
-    """
-    (M, K), N = a.shape, b.shape[1]
-    launch.check_addressable(a, b)
-    plan = plan_gemm(
-        M, N, K, a.dtype, is_row_major(a), is_row_major(b),
-        can_describe(a) and can_describe(b), can_describe(out),
-        epilogue.tile_fn, epilogue.fns, epilogue.heavy, launch.tf32_allowed(), a.device,
-    )  # fmt: skip
-    numel = M * N + (M if row_sum is not None else 0)
-    partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
-    out_ptr, row_sum_ptr = out, row_sum
-    if partial is not None:
-        out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
-    block_m, block_n, block_k = plan.block
-    launch.launch(
-        _gemm_kernel, plan.programs, a.device,
-        describe(a, (block_m, block_k)) if plan.tma else a,
-        describe(b, (block_k, block_n)) if plan.tma else b,
-        describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
-        row_sum_ptr, epilogue.args,
-        M, N, K, *a.stride(), *b.stride(), N, numel,
-        **plan.meta,
-    )  # fmt: skip
-    side_tensors = [t for t in epilogue.args if isinstance(t, Tensor)]
-    results = (out, row_sum) if partial is None else (partial,)
-    cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
-    if partial is not None:
-        launch.launch(
-            _split_k_reduce_kernel, -(-numel // REDUCE_BLOCK), a.device,
-            partial, out, row_sum, M * N, numel, SPLIT_K=plan.split_k, BLOCK=REDUCE_BLOCK,
-        )  # fmt: skip
-        cost.report(f"{name}_reduce", partial.numel(), (partial, out, row_sum))
-
-
 @dataclass(frozen=True)
 class GemmPlan:
     """All of a GEMM launch that does not depend on where its tensors lie."""
@@ -207,3 +161,49 @@ def plan_gemm(
             "num_stages": tile.num_stages,
         },
     )
+
+
+def gemm(
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    epilogue: Epilogue = IDENTITY,
+    row_sum: Tensor | None = None,
+) -> None:
+    """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
+
+    a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
+    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    launch.check_addressable(a, b)
+    plan = plan_gemm(
+        M, N, K, a.dtype, is_row_major(a), is_row_major(b),
+        can_describe(a) and can_describe(b), can_describe(out),
+        epilogue.tile_fn, epilogue.fns, epilogue.heavy, launch.tf32_allowed(), a.device,
+    )  # fmt: skip
+    numel = M * N + (M if row_sum is not None else 0)
+    partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
+    out_ptr, row_sum_ptr = out, row_sum
+    if partial is not None:
+        out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
+    block_m, block_n, block_k = plan.block
+    launch.launch(
+        _gemm_kernel, plan.programs, a.device,
+        describe(a, (block_m, block_k)) if plan.tma else a,
+        describe(b, (block_k, block_n)) if plan.tma else b,
+        describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
+        row_sum_ptr, epilogue.args,
+        M, N, K, *a.stride(), *b.stride(), N, numel,
+        **plan.meta,
+    )  # fmt: skip
+    side_tensors = [t for t in epilogue.args if isinstance(t, Tensor)]
+    results = (out, row_sum) if partial is None else (partial,)
+    cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
+    if partial is not None:
+        launch.launch(
+            _split_k_reduce_kernel, -(-numel // REDUCE_BLOCK), a.device,
+            partial, out, row_sum, M * N, numel, SPLIT_K=plan.split_k, BLOCK=REDUCE_BLOCK,
+        )  # fmt: skip
+        cost.report(f"{name}_reduce", partial.numel(), (partial, out, row_sum))

@@ -191,20 +191,17 @@ def _launch_on_current_device(
 
 def specialization(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Triton compiles for: dtypes, alignment to 16 bytes, integers' width, divisibility by 16 and being 1."""
-    return tuple(
-        [
-            (arg.dtype, arg.data_ptr() % 16 == 0)
-            if isinstance(arg, Tensor)
-            else (arg == 1, arg % 16 == 0, arg < 2**31)
-            if isinstance(arg, int)
-            else None
-            if arg is None
-            else specialization(arg)
-            if isinstance(arg, tuple)
-            else (arg.base.dtype, *arg.block_shape)
-            for arg in args
-        ]
-    )
+    return tuple([_specialization_of(arg) for arg in args])
+
+
+def _specialization_of(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg < 2**31
+    if isinstance(arg, tuple):
+        return specialization(arg)
+    return None if arg is None else (arg.base.dtype, *arg.block_shape)
 
 
 Launcher = TypeVar("Launcher", bound=Callable[..., list[Tensor]])
