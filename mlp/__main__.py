@@ -13,7 +13,7 @@ from ..kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import Diverged, InputError
-from .options import PROG, Options, configuration, parse_options
+from .options import PROG, configuration, parse_options
 from .report import CONFIG, metrics_table, prepare_folder, write_history, write_json, write_report
 from .train import HEADLINE, LAST, Training
 from .verify import run_verify
@@ -55,7 +55,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     metrics, plots = write_report(training)
     console.print(metrics_table(metrics, f"{data.name}: test split, weights of epoch {training.best_epoch}"))
-    status = verify(folder, options)
+    status = verify(training)
     console.print(f"wrote {folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}")
     return status
 
@@ -97,13 +97,13 @@ def fit(training: Training) -> None:
         write_history(training)
 
 
-def verify(folder: Path, options: Options) -> int:
-    if not options.verify:
+def verify(training: Training) -> int:
+    if not training.options.verify:
         return 0
     if not HAS_TRITON:
         console.print("Triton is not installed: the kernels were not checked")
         return 0
-    return run_verify(folder)
+    return run_verify(training.folder, training.device)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -37,6 +38,10 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote. Raises InputError naming a missing, damaged or foreign file."""
     try:
+        with ZipFile(path) as archive:
+            # torch.load does not look at the checksums that torch.save writes.
+            if damaged := archive.testzip():
+                raise BadZipFile(f"bad checksum of {damaged}")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist") from None

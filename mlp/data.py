@@ -184,8 +184,8 @@ def _read_csv(path: str, target: str) -> tuple[DataFrame, DataFrame]:
     for column in frame.columns:
         if frame[column].isna().all():
             raise InputError(f"argument --csv: column {column!r} of {path} has no values")
-        if _is_numeric(frame[column]) and np.isinf(frame[column]).any():
-            raise InputError(f"argument --csv: column {column!r} of {path} contains infinity")
+        if _is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
+            raise InputError(f"argument --csv: column {column!r} of {path} contains infinity or overflows float32")
     features = frame.drop(columns=target)
     for column in features:
         if not _is_numeric(features[column]):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import AutoLocator, MaxNLocator
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay, RocCurveDisplay
 from torch import Tensor
@@ -102,6 +102,8 @@ def prediction_errors(true: np.ndarray, predicted: np.ndarray, data: Data, kind:
             true[:, column], predicted[:, column], kind=kind, ax=axes, scatter_kwargs={"alpha": 0.6, "s": 18}
         )
         axes.set(title=data.labels[column], xlabel="predicted")
+        for axis in (axes.xaxis, axes.yaxis):  # scikit-learn's ticks start from the smallest value, 48.0, 118.3, ...
+            axis.set_major_locator(AutoLocator())
         axes.set_ylabel("true" if kind == "actual_vs_predicted" else "true - predicted")
         axes.grid(alpha=0.3)
     return figure

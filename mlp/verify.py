@@ -2,8 +2,8 @@
 
     python -m fusemlp.mlp.verify RUN
 
-compares the output and every gradient, writes RUN/kernels.json and exits with 1 if they differ. Without a GPU it needs
-TRITON_INTERPRET=1 in the environment, which Triton reads when kernels are imported: hence a process of its own.
+compares the output and every gradient, writes RUN/kernels.json and exits with 1 if they differ. On the CPU the kernels
+run in Triton's interpreter, which is chosen when they are imported: hence a process of its own.
 """
 
 import json
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..kernels.launch import Backend, backend
+from ..kernels.cost import ledger
+from ..kernels.launch import HAS_TRITON, INTERPRET, Backend, backend
 from .checkpoint import atomic_write, load_checkpoint
 from .data import load_data
 from .errors import InputError
@@ -83,38 +84,54 @@ def table(rows: list[dict[str, float | str]]) -> Table:
     return result
 
 
-def run_verify(folder: Path) -> int:
-    """Verify a run in a process of its own, on Triton's interpreter where there is no GPU; returns its exit code."""
-    environment = {**os.environ, "FUSEMLP_BACKEND": "auto"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
+def run_verify(folder: Path, device: torch.device) -> int:
+    """Verify a run in a process of its own, on the CPU with Triton's interpreter; returns its exit code."""
+    interpret = "1" if device.type == "cpu" else "0"
+    environment = {**os.environ, "FUSEMLP_BACKEND": "auto", "TRITON_INTERPRET": interpret}
     return subprocess.run([sys.executable, "-m", "fusemlp.mlp.verify", str(folder)], env=environment).returncode
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m fusemlp.mlp.verify", description="Check the kernels on a run's best model.")
-    parser.add_argument("run", type=Path, help="the folder that fusemlp-train wrote")
-    folder = parser.parse_args(argv).run
-    try:
-        best = load_checkpoint(folder / BEST)
-    except InputError as error:
-        parser.error(str(error))
+def verify(folder: Path) -> int:
+    """Compare, print and write down; returns 1 if anything differs or no kernel ran.
+
+    Raises InputError if the run's checkpoint or data cannot be read.
+    """
+    best = load_checkpoint(folder / BEST)
     options = Options(**best["options"], out=None, overwrite=False, resume=False, verify=True)
     device = resolve_device(options.device)
+    if device.type == "cpu" and not INTERPRET:
+        return run_verify(folder, device)
     data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
     model = make_model(options, data).to(device)
     model.load_state_dict(best["model"])
     batch = data.train.to(device)
     loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, device)
 
-    rows = compare(model, batch.x[:ROWS], batch.y[:ROWS], loss)
+    with ledger() as launched:
+        rows = compare(model, batch.x[:ROWS], batch.y[:ROWS], loss)
+    launches = [launch.name for launch in launched.launches]
     Console().print(table(rows))
     different = [str(row["tensor"]) for row in rows if not agrees(row)]
+    agree = bool(launches) and not different
     with atomic_write(folder / REPORT) as file:
-        file.write(json.dumps({"agree": not different, "tensors": rows}, indent=2).encode())
+        file.write(json.dumps({"agree": agree, "launches": launches, "tensors": rows}, indent=2).encode())
     if different:
         print(f"verify: the kernels differ from PyTorch in the {', '.join(different)}", file=sys.stderr)
-    return 1 if different else 0
+    if not launches:
+        print("verify: no kernel was launched, so nothing was compared", file=sys.stderr)
+    return 0 if agree else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m fusemlp.mlp.verify", description="Check the kernels on a run's best model.")
+    parser.add_argument("run", type=Path, help="the folder that fusemlp-train wrote")
+    folder = parser.parse_args(argv).run
+    if not HAS_TRITON:
+        parser.error("Triton is not installed")
+    try:
+        return verify(folder)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

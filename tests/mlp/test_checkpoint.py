@@ -45,6 +45,13 @@ def corrupted(path):
     path.write_bytes(path.read_bytes()[:300])
 
 
+def flipped(path):
+    save_checkpoint(path, {"weight": torch.zeros(1000)})
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
 def foreign(path):
     torch.save({"model": torch.zeros(3)}, path)
 
@@ -63,10 +70,11 @@ def malicious(path):
         (lambda path: None, "does not exist"),
         (lambda path: path.write_bytes(b"not a checkpoint"), "damaged or no checkpoint"),
         (corrupted, "damaged or no checkpoint"),
+        (flipped, "damaged or no checkpoint"),
         (foreign, "was not written by"),
         (malicious, "damaged or no checkpoint"),
     ],
-    ids=["missing", "text", "truncated", "foreign", "malicious"],
+    ids=["missing", "text", "truncated", "bit-flip", "foreign", "malicious"],
 )
 def test_what_is_no_checkpoint_is_refused_by_name(make, message, tmp_path):
     path = tmp_path / "c.pt"

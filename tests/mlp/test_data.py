@@ -112,6 +112,7 @@ BAD_TABLES = [
     pytest.param(people().assign(left="x"), "left", "auto", "--target: every row is of class 'x'", id="one-class"),
     pytest.param(people().assign(age=None), "left", "auto", "--csv: column 'age' .* has no values", id="empty-column"),
     pytest.param(people().assign(age=np.inf), "left", "auto", "--csv: column 'age' .* infinity", id="infinity"),
+    pytest.param(people().assign(age=1e300), "left", "auto", "--csv: column 'age' .* overflows float32", id="overflow"),
     pytest.param(people(3).assign(left=list("xxy")), "left", "auto", "class 'y' has 1 row; .* at least 5", id="rare"),
     pytest.param(people()[["left"]], "left", "auto", "--csv: .*no column beside the target", id="no-features"),
     pytest.param(people()[:0], "left", "auto", "--csv: .*a header and no rows", id="no-rows"),

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from fusemlp.mlp.__main__ import main
 from fusemlp.mlp.checkpoint import load_checkpoint
 from fusemlp.mlp.data import load_data
 from fusemlp.mlp.errors import Diverged, InputError
@@ -158,21 +159,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "fusemlp.mlp",
-        "--threads",
-        "1",
-        "--no-verify",
-        "--epochs",
-        "60",
-        "--patience",
-        "0",
-    ]
-    command += ["--dataset", "wine", "--hidden", "64", "--dropout", "0.3", "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    argv = ["--dataset", "wine", "--hidden", "64", "--epochs", "60", "--patience", "0", "--threads", "1"]
+    argv += ["--no-verify", "--out"]
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "fusemlp.mlp", *argv, str(tmp_path / "killed")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     best = tmp_path / "killed" / BEST
     deadline = time.monotonic() + 60
     while not best.exists() and time.monotonic() < deadline:
@@ -181,7 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     killed.wait()
     assert not (tmp_path / "killed" / "metrics.json").exists()
     assert load_checkpoint(tmp_path / "killed" / LAST)["epoch"] < 60
-    subprocess.run([*command, str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    assert main([*argv, str(tmp_path / "killed"), "--resume"]) == 0
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     for name in ("metrics.json", "history.csv", "config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

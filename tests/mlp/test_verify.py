@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fusemlp.kernels import launch
 from fusemlp.mlp import functional, verify
 from fusemlp.mlp.__main__ import main
 
@@ -16,9 +17,10 @@ def run(tmp_path):
 
 
 def test_the_kernels_agree_in_a_process_of_their_own(run):
-    assert verify.run_verify(run) == 0
+    assert verify.run_verify(run, torch.device("cpu")) == 0
     report = json.loads((run / "kernels.json").read_text())
     assert report["agree"]
+    assert len(report["launches"]) >= 3 + 3 + 2  # forward, weight gradients, input gradients
     assert [row["tensor"] for row in report["tensors"]][:2] == ["output", "gradient of 0.weight"]
     assert len(report["tensors"]) == 1 + 2 * 3 + 2 * 2
     assert any(row["difference"] > 0 for row in report["tensors"])
@@ -34,6 +36,12 @@ def test_a_planted_difference_is_found(run, monkeypatch, capfd):
     assert verify.main([str(run)]) == 1
     assert "the kernels differ from PyTorch in the gradient of 0.weight" in capfd.readouterr().err
     assert not json.loads((run / "kernels.json").read_text())["agree"]
+
+
+def test_a_comparison_in_which_no_kernel_ran_fails(run, monkeypatch, capfd):
+    monkeypatch.setattr(verify, "backend", lambda name: launch.backend("torch"))
+    assert verify.main([str(run)]) == 1
+    assert "no kernel was launched" in capfd.readouterr().err
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
