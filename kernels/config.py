@@ -25,8 +25,9 @@ class GemmConfig:
 
 
 # Each list runs from the largest tile to the smallest. BLOCK_N >= 64 throughout: the bit mask packs 64 columns.
+WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)
 TMA_16BIT = (
-    GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    WIDEST,
     GemmConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
     GemmConfig(64, 128, 64, num_warps=4, num_stages=4, tma=True),
 )
@@ -36,13 +37,13 @@ POINTER_16BIT = (
     GemmConfig(16, 64, 128, num_warps=4, num_stages=3),
 )
 POINTER_TF32 = (
-    GemmConfig(128, 64, 32, num_warps=4, num_stages=3),
+    GemmConfig(128, 64, 32, num_warps=8, num_stages=3),
     GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
     GemmConfig(16, 64, 64, num_warps=4, num_stages=3),
 )
 # Without tensor cores: products on the ordinary units, held in registers.
 POINTER_IEEE = (
-    GemmConfig(64, 64, 16, num_warps=8, num_stages=2),
+    GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
     GemmConfig(16, 64, 32, num_warps=4, num_stages=2),
 )
 ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
@@ -68,14 +69,14 @@ def select_gemm(
     """The largest pinned tile that still gives every multiprocessor one, and how many ranges K is cut into.
 
     `tma`: the operands can be described to the TMA unit and the device has one. `heavy_epilogue`: the widest tile would
-    spill. `split_k`: partial sums over ranges of K are allowed.
+    spill or run out of shared memory. `split_k`: partial sums over ranges of K are allowed.
     """
     if itemsize == 2:
         configs = TMA_16BIT if tma and 2 * M * N * K >= TMA_MIN_FLOPS else POINTER_16BIT
     else:
         configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
-    if configs is TMA_16BIT and heavy_epilogue:
-        configs = TMA_16BIT[1:]
+    if heavy_epilogue:
+        configs = tuple(c for c in configs if c is not WIDEST)
     fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
     max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT)) if split_k else 1
     config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])

@@ -64,8 +64,8 @@ def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None
 
 def _dact_epilogue(activation: str, saved: Tensor) -> Epilogue:
     entry = ACTIVATIONS[activation]
-    tile_fn = dact_bitmask if entry.saves == "bitmask" else dact_saved
-    return Epilogue(tile_fn, (saved, saved.stride(0)), (entry.dact,), heavy=entry.saves == "preact")
+    bitmask = entry.saves == "bitmask"
+    return Epilogue(dact_bitmask if bitmask else dact_saved, (saved, saved.stride(0)), (entry.dact,), heavy=not bitmask)
 
 
 def _linear_dgrad_outputs(

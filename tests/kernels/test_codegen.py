@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.codegen
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench codegen` has them all.
-REPRESENTATIVE = "(linear_fwd|linear_dgrad|activation_bwd) (relu|silu) |linear_wgrad .* split 1"
+REPRESENTATIVE = "(linear_fwd|linear_dgrad) (relu|silu) |linear_dgrad tanh bf16|linear_wgrad .* split 1"
 
 
 def run(*command):
