@@ -4,7 +4,6 @@
 
     correctness   the tests on CUDA tensors, without the interpreter
     sanitizer     compute-sanitizer's memcheck and racecheck over every kernel at ragged shapes, where the tool is there
-    ops, mlp      the benchmarks of these names
 
 and writes DIR/SECTION.log, DIR/status.json and, of all that, DIR.tar.gz. A section that passed is not run again.
 """
@@ -26,7 +25,7 @@ from rich.console import Console
 from ..mlp.checkpoint import atomic_write
 from .results import environment
 
-SECTIONS = ("correctness", "sanitizer", "ops", "mlp")
+SECTIONS = ("correctness", "sanitizer")
 SECTION_SECONDS = 480
 CORRECTNESS = ("functional", "modules", "model", "chain", "opinfo", "gpu")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not codegen"]
@@ -39,11 +38,9 @@ def commands(section: str, out: Path) -> list[list[str]]:
     if section == "correctness":
         folders = ["tests/kernels", *(f"tests/mlp/test_{name}.py" for name in CORRECTNESS)]
         return [[*PYTEST, *folders, f"--junitxml={out / 'correctness.xml'}"]]
-    if section == "sanitizer":
-        sanitizer = shutil.which("compute-sanitizer")
-        tools = ("memcheck", "racecheck") if sanitizer else ()
-        return [[str(sanitizer), "--tool", tool, "--error-exitcode", "3", *PYTEST, *RAGGED] for tool in tools]
-    return [[sys.executable, "-m", "fusemlp.bench", section, "--out", str(out / section)]]
+    sanitizer = shutil.which("compute-sanitizer")
+    tools = ("memcheck", "racecheck") if sanitizer else ()
+    return [[str(sanitizer), "--tool", tool, "--error-exitcode", "3", *PYTEST, *RAGGED] for tool in tools]
 
 
 def run_section(section: str, out: Path, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ def fake_commands(monkeypatch):
     """Sections that print, fail, hang or have no tool; and how often each ran."""
     ran = []
     lines = {
-        "correctness": "print(1)",
-        "sanitizer": None,
-        "ops": "raise SystemExit(7)",
-        "mlp": "import time; time.sleep(60)",
+        "prints": "print(1)",
+        "lacks": None,
+        "fails": "raise SystemExit(7)",
+        "hangs": "import time; time.sleep(60)",
     }
 
     def commands(section, out):
@@ -35,26 +36,26 @@ def outcomes(out):
 
 def test_each_outcome_is_written_down(fake_commands, tmp_path):
     out = tmp_path / "check"
-    assert gpu_check.check(["correctness", "sanitizer", "ops"], out, 30) == 1
+    assert gpu_check.check(["prints", "lacks", "fails"], out, 30) == 1
     assert outcomes(out) == {
-        "correctness": "passed",
-        "sanitizer": "not run: its tool is not installed",
-        "ops": "failed: exit status 7",
+        "prints": "passed",
+        "lacks": "not run: its tool is not installed",
+        "fails": "failed: exit status 7",
     }
-    assert (out / "correctness.log").read_text() == "1\n"
+    assert (out / "prints.log").read_text() == "1\n"
     with tarfile.open(tmp_path / "check.tar.gz") as archive:
-        assert {"./status.json", "./ops.log"} <= {*archive.getnames()}
+        assert {"./status.json", "./fails.log"} <= {*archive.getnames()}
 
 
 def test_a_section_ends_when_its_time_is_up(fake_commands, tmp_path):
-    assert gpu_check.check(["mlp"], tmp_path / "check", 1) == 1
-    assert outcomes(tmp_path / "check") == {"mlp": "stopped after 1 s"}
+    assert gpu_check.check(["hangs"], tmp_path / "check", 1) == 1
+    assert outcomes(tmp_path / "check") == {"hangs": "stopped after 1 s"}
 
 
 def test_what_passed_is_not_run_again(fake_commands, tmp_path):
     for _ in range(2):
-        gpu_check.check(["correctness", "ops"], tmp_path / "check", 30)
-    assert fake_commands == ["correctness", "ops", "ops"]
+        gpu_check.check(["prints", "fails"], tmp_path / "check", 30)
+    assert fake_commands == ["prints", "fails", "fails"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -69,6 +70,15 @@ def test_what_it_cannot_do_is_one_line(argv, message, tmp_path, capsys):
     assert not (tmp_path / "check").exists()
 
 
-@pytest.mark.parametrize("section", ["correctness", "ops", "mlp"])
-def test_every_section_has_commands(section, tmp_path):
-    assert gpu_check.commands(section, tmp_path)
+def test_correctness_runs_tests_that_exist(tmp_path):
+    (command,) = gpu_check.commands("correctness", tmp_path)
+    paths = [Path(argument) for argument in command if argument.startswith("tests/")]
+    assert len(paths) > 3
+    assert all(path.exists() for path in paths)
+
+
+def test_the_sanitizer_runs_each_tool(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/compute-sanitizer")
+    memcheck, racecheck = gpu_check.commands("sanitizer", tmp_path)
+    assert memcheck[:3] == ["/bin/compute-sanitizer", "--tool", "memcheck"]
+    assert racecheck[2] == "racecheck"
