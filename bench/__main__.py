@@ -4,9 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen, gpu_check
+from . import codegen, compare, gpu_check, report, traffic
 
-COMMANDS = {"gpu-check": gpu_check, "codegen": codegen}
+COMMANDS = {
+    "gpu-check": gpu_check,
+    "codegen": codegen,
+    "traffic": traffic,
+    "compare": compare,
+    "report": report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

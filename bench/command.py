@@ -1,0 +1,68 @@
+"""What the commands that measure share: their options, the choice of cases, and printed tables."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .cases import LayerCase, NetCase
+
+Case = TypeVar("Case", LayerCase, NetCase)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--filter", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small cases and little patience: a look at the harness")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write tables and pictures there")
+
+
+def select(cases: Sequence[Case], regex: str, device: torch.device) -> list[Case]:
+    """The cases whose name `regex` finds, in float32 on a CPU. Raises ValueError for a bad expression."""
+    try:
+        found = [case for case in cases if re.search(regex, case.name)]
+    except re.error as error:
+        raise ValueError(f"argument --filter: {regex!r}: {error}") from error
+    return found if device.type == "cuda" else [replace(case, dtype=torch.float32) for case in found]
+
+
+def check_any(regex: str, *cases: Sequence[object]) -> None:
+    """Raise ValueError if the filter left no case."""
+    if not any(cases):
+        raise ValueError(f"argument --filter: {regex!r} finds no case")
+
+
+def warn_if_busy(device: torch.device) -> None:
+    """Say so if other programs use the CPU that is to be measured: threads that wait for each other lose the most."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):  # which Windows lacks
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"this machine is busy (load {load:.1f} on {cores} cores): times will be too long, and ratios unsteady")
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """Print it; numbers with three significant digits, what is not known as a dash."""
+    console = Console(width=None if Console().is_terminal else 200)
+    printed = Table(title=title, title_justify="left")
+    for column in table.columns:
+        is_number = pd.api.types.is_numeric_dtype(table[column])
+        printed.add_column(str(column), justify="right" if is_number else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        printed.add_row(*map(_cell, row))
+    console.print(printed)
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)

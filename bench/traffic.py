@@ -1,0 +1,222 @@
+"""Launches, bytes and flops of a training step: fusemlp, PyTorch eager and the floor. Needs no GPU.
+
+`python -m fusemlp.bench traffic` runs forward and backward of every net on tensors without storage, so that nothing is
+computed: fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA), and every operator of
+PyTorch that would launch a kernel counts its inputs and outputs once each. The floor moves each operand of a layer once
+forward and once backward. Times are modelled: a launch takes as long as its bytes at the bandwidth or its flops at the
+arithmetic rate, whichever is longer.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..kernels import cost, launch
+from ..kernels.cost import Launch
+from .cases import NETS, QUICK_NETS, NetCase
+from .command import add_common_arguments, check_any, print_table, select
+from .results import write_table
+
+Layers = list[list[Launch]]
+ALLOCATIONS = ("aten.empty", "aten.new_empty")
+FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
+# What a layer's backward ends with: fusemlp's dgrad, PyTorch's bias gradient.
+LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
+# Batch norm, activation and dropout, with statistics taken in the product before: forward reads and writes the
+# activations once, backward reads them and their gradient twice and writes a gradient.
+NORMALISE_PASSES = 7
+
+
+class AtenTraffic(TorchDispatchMode):
+    """Reports PyTorch's operators to the open ledgers. Views and allocations launch nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        if not func.is_view and not name.startswith(ALLOCATIONS):
+            count_flops = flop_registry.get(func.overloadpacket)
+            flops = count_flops(*args, **(kwargs or {}), out_val=result) if count_flops else 0
+            tensors = tuple(t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            cost.report(name, flops, tensors)
+        return result
+
+
+def _fused_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    """Dropout as the one kernel it is on CUDA; elsewhere PyTorch makes three operators of it."""
+    return torch.native_dropout(input, p, training)[0]
+
+
+@contextmanager
+def served_as_on_a_hopper_gpu() -> Iterator[None]:
+    """fusemlp's kernels serve every tensor, planned for 132 multiprocessors with TMA; nothing is executed."""
+    chosen = launch.Choice("triton", "counted, not run")
+    with ExitStack() as patches:
+        for name, stand_in in (
+            ("explain", lambda *_: chosen),
+            ("has_tma", lambda _: True),
+            ("num_sms", lambda _: 132),
+            ("launch", lambda *_, **__: None),
+        ):
+            patches.enter_context(patch.object(launch, name, stand_in))
+        yield
+
+
+def count_step(case: NetCase) -> Layers:
+    """The launches of one training step, layer by layer, by whatever code serves the net."""
+    x, dy = (
+        torch.empty(case.rows, width, dtype=case.dtype, device="meta")
+        for width in (case.in_features, case.out_features)
+    )
+    net = case.build(x.device)
+    with (
+        patch.object(torch.nn.functional, "dropout", _fused_dropout),
+        # Autocast knows no tensors without storage.
+        patch.object(torch, "is_autocast_enabled", lambda _: False),
+        AtenTraffic(),
+    ):
+        with cost.ledger() as forward:
+            y = net(x)
+        with cost.ledger() as backward:
+            y.backward(dy)
+    return by_layer(forward.launches, backward.launches)
+
+
+def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
+    """Which layer each launch works for: forward a product begins one, backward what follows its last launch does."""
+    layers: Layers = []
+    for each in forward:
+        if each.name in FORWARD_PRODUCTS:
+            layers.append([])
+        layers[-1].append(each)
+    layer = len(layers) - 1
+    layers[layer].append(backward[0])
+    for before, each in pairwise(backward):
+        layer -= before.name in LAST_IN_BACKWARD and each.name not in LAST_IN_BACKWARD
+        layers[layer].append(each)
+    return layers
+
+
+def count_fusemlp(case: NetCase) -> Layers:
+    with served_as_on_a_hopper_gpu():
+        return count_step(case)
+
+
+def count_eager(case: NetCase) -> Layers:
+    with launch.backend("torch"):
+        return count_step(case)
+
+
+def count_floor(case: NetCase) -> Layers:
+    """The fewest bytes a step can move without fusing across layers, one launch per layer each way."""
+    layers: Layers = []
+    M = case.rows
+    for K, N in pairwise(case.widths()):
+        first, last = not layers, len(layers) == len(case.hidden_features)
+        X, W, b, Y = M * K, N * K, N, M * N
+        forward = X + W + b + Y
+        backward = Y + X + W + b + (0 if first else W + X)
+        layer = [
+            Launch("forward", 2 * M * N * K, forward * case.dtype.itemsize),
+            Launch("backward", 2 * M * N * K * (1 if first else 2), backward * case.dtype.itemsize),
+        ]
+        if case.batch_norm and not last:
+            layer.append(Launch("normalise", 0, NORMALISE_PASSES * Y * case.dtype.itemsize))
+        layers.append(layer)
+    return layers
+
+
+COUNTERS: dict[str, Callable[[NetCase], Layers]] = {
+    "fusemlp": count_fusemlp,
+    "eager": count_eager,
+    "floor": count_floor,
+}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a GPU can do: TB/s of device memory, TFLOP/s of arithmetic, and the microseconds a launch costs."""
+
+    bandwidth_tb_s: float
+    rate_tflop_s: float
+    launch_us: float
+
+    def modelled_us(self, launches: Iterable[Launch]) -> float:
+        return sum(
+            max(each.bytes / self.bandwidth_tb_s, each.flops / self.rate_tflop_s) / 1e6 + self.launch_us
+            for each in launches
+        )
+
+
+def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """One row for each who was counted, beside the floor and eager."""
+    floor_bytes = sum(each.bytes for each in counted["floor"])
+    eager_us = ceilings.modelled_us(counted["eager"])
+    for what, launches in counted.items():
+        moved, modelled_us = sum(each.bytes for each in launches), ceilings.modelled_us(launches)
+        yield {
+            "what": what,
+            "launches": len(launches),
+            "bytes": moved,
+            "flops": sum(each.flops for each in launches),
+            "bytes_over_floor": moved / floor_bytes,
+            "modelled_us": modelled_us,
+            "modelled_speedup": eager_us / modelled_us,
+        }
+
+
+def tables(cases: Iterable[NetCase], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Totals of each case, and the same layer by layer."""
+    totals, layers = [], []
+    for case in cases:
+        counted = {what: count(case) for what, count in COUNTERS.items()}
+        whole = {what: list(chain.from_iterable(each)) for what, each in counted.items()}
+        totals += [{"case": case.name, **row} for row in summarise(whole, ceilings)]
+        for number, (K, N) in enumerate(pairwise(case.widths())):
+            layer = {what: each[number] for what, each in counted.items()}
+            key = {"case": case.name, "layer": f"{number}: {K} -> {N}"}
+            layers += [{**key, **row} for row in summarise(layer, ceilings)]
+    return pd.DataFrame(totals), pd.DataFrame(layers)
+
+
+def show(totals: pd.DataFrame, ceilings: Ceilings) -> None:
+    shown = totals.assign(bytes=totals["bytes"] / 1e6, flops=totals["flops"] / 1e9)
+    title = (
+        "A training step, counted as planned for 132 multiprocessors with TMA. Times are modelled, not measured: "
+        f"{ceilings.bandwidth_tb_s:g} TB/s, {ceilings.rate_tflop_s:g} TFLOP/s, {ceilings.launch_us:g} us per launch."
+    )
+    print_table(shown.rename(columns={"bytes": "MB", "flops": "GFLOP"}), title)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="of device memory (4.3)")
+    parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
+    parser.add_argument("--launch-us", type=float, default=0, metavar="US", help="that each launch costs (0)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Count every case, print the totals, and write them and the layers if asked to."""
+    for name in ("bandwidth", "flops"):
+        if not (given := getattr(arguments, name)) > 0:
+            raise ValueError(f"argument --{name}: {given}; must be positive")
+    # On a CPU the nets would be chosen in float32, and nothing here runs anywhere.
+    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter, torch.device("cuda"))
+    check_any(arguments.filter, cases)
+    ceilings = Ceilings(arguments.bandwidth, arguments.flops, arguments.launch_us)
+    totals, layers = tables(cases, ceilings)
+    show(totals, ceilings)
+    if arguments.out is not None:
+        for name, table in (("traffic", totals), ("traffic_layers", layers)):
+            write_table(table.assign(**asdict(ceilings)), arguments.out, name)
+    return 0

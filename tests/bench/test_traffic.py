@@ -1,0 +1,205 @@
+"""The traffic ledger: formulas by hand, PyTorch's operators, the floor, and what the kernels really touch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fusemlp.bench.__main__ import main
+from fusemlp.bench.cases import NETS, QUICK_NETS, NetCase
+from fusemlp.bench.traffic import AtenTraffic, Ceilings, count_eager, count_floor, count_fusemlp
+from fusemlp.kernels import config, cost
+from fusemlp.kernels.cost import Launch
+from fusemlp.kernels.gemm import plan_gemm
+from fusemlp.kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from torch.nn import functional as F
+from triton.runtime.interpreter import InterpreterBuilder
+
+SMALL = NetCase("small", 6, 13, (20, 24), 5, dtype=torch.float32)
+PLAIN = [case for case in NETS if not case.batch_norm]
+
+
+def total(layers, field="bytes"):
+    return sum(getattr(each, field) for layer in layers for each in layer)
+
+
+def test_fusemlp_by_hand():
+    # Elements of X, W, b, Y: 78, 260, 20, 120; then 120, 480, 24, 144; then 144, 120, 5, 30. Each of the two bit masks
+    # has 8 bytes a row. No K is long enough to be split.
+    mask = 6 * 8
+    assert count_fusemlp(SMALL) == [
+        [
+            Launch("linear_fwd", 2 * 6 * 260, 4 * (78 + 260 + 20 + 120) + mask),
+            Launch("linear_wgrad", 2 * 6 * 260, 4 * (120 + 78 + 260 + 20)),
+        ],
+        [
+            Launch("linear_fwd", 2 * 6 * 480, 4 * (120 + 480 + 24 + 144) + mask),
+            Launch("linear_wgrad", 2 * 6 * 480, 4 * (144 + 120 + 480 + 24)),
+            Launch("linear_dgrad", 2 * 6 * 480, 4 * (144 + 480 + 120) + mask),
+        ],
+        [
+            Launch("linear_fwd", 2 * 6 * 120, 4 * (144 + 120 + 5 + 30)),
+            Launch("linear_wgrad", 2 * 6 * 120, 4 * (30 + 144 + 120 + 5)),
+            Launch("linear_dgrad", 2 * 6 * 120, 4 * (30 + 120 + 144) + mask),
+        ],
+    ]
+
+
+def test_eager_by_hand():
+    first, second, _ = count_eager(SMALL)
+    assert first == [
+        Launch("aten.addmm", 2 * 6 * 260, 4 * (78 + 260 + 20 + 120)),
+        Launch("aten.relu", 0, 4 * (120 + 120)),
+        Launch("aten.threshold_backward", 0, 4 * (120 + 120 + 120)),
+        Launch("aten.mm", 2 * 6 * 260, 4 * (120 + 78 + 260)),
+        Launch("aten.sum", 0, 4 * (120 + 20)),
+    ]
+    assert [each.name for each in second[2:]] == ["aten.threshold_backward", "aten.mm", "aten.mm", "aten.sum"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "launches"),
+    [
+        pytest.param(
+            lambda x, w: F.linear(x, w, w[:, 0]),
+            [Launch("aten.addmm", 2 * 6 * 13 * 20, 2 * (78 + 260 + 20 + 120))],
+            id="linear",
+        ),
+        pytest.param(lambda x, _: x.relu(), [Launch("aten.relu", 0, 2 * (78 + 78))], id="relu"),
+        pytest.param(
+            lambda x, _: torch.ops.aten.threshold_backward(x, x, 0),
+            [Launch("aten.threshold_backward", 0, 2 * 3 * 78)],
+            id="threshold_backward",
+        ),
+        pytest.param(
+            lambda x, _: torch.native_dropout(x, 0.5, True),
+            [Launch("aten.native_dropout", 0, 2 * (78 + 78) + 78)],
+            id="dropout",
+        ),
+        pytest.param(lambda x, _: x.add_(1), [Launch("aten.add_", 0, 2 * (78 + 78))], id="in-place"),
+        pytest.param(lambda x, _: x.t().view(13, 2, 3).detach(), [], id="view"),
+        pytest.param(lambda x, _: torch.empty_like(x).new_empty(3), [], id="allocation"),
+    ],
+)
+def test_one_operator(operation, launches):
+    x, w = (torch.empty(rows, 13, dtype=torch.bfloat16, device="meta") for rows in (6, 20))
+    with cost.ledger() as ledger, AtenTraffic():
+        operation(x, w)
+    assert ledger.launches == launches
+
+
+def test_floor_by_hand():
+    forward, backward = 478 + 768 + 299, 478 + (768 + 480 + 120) + (299 + 120 + 144)
+    assert total(count_floor(SMALL)) == 4 * (forward + backward)
+
+
+def test_floor_of_batch_norm():
+    normalised = count_floor(replace(SMALL, batch_norm=True))
+    assert total(normalised) - total(count_floor(SMALL)) == 4 * 7 * 6 * (20 + 24)
+
+
+def test_pytorchs_batch_norm_and_dropout_count_beside_the_kernels():
+    first, _ = count_fusemlp(QUICK_NETS[1])
+    assert [each.name for each in first] == [
+        "linear_fwd",
+        "aten.add_",
+        "aten.native_batch_norm",
+        "aten.relu",
+        "aten.native_dropout",
+        "aten.native_dropout_backward",
+        "aten.threshold_backward",
+        "aten.native_batch_norm_backward",
+        "linear_wgrad",
+    ]
+
+
+@pytest.mark.parametrize("count", [count_fusemlp, count_eager], ids=["fusemlp", "eager"])
+@pytest.mark.parametrize("case", NETS, ids=lambda case: case.name)
+def test_every_layer_computes_its_own_products(case, count):
+    products = ("linear_fwd", "linear_wgrad", "linear_dgrad", "aten.addmm", "aten.mm")
+    layers = [sum(each.flops for each in layer if each.name in products) for layer in count(case)]
+    assert layers == [total([layer], "flops") for layer in count_floor(case)]
+
+
+# Where 2048 rows are all there is, partial sums of split products outweigh the activations.
+@pytest.mark.parametrize("case", [case for case in PLAIN if case.rows != 2048], ids=lambda case: case.name)
+def test_plain_nets_are_near_the_floor(case):
+    assert total(count_fusemlp(case)) <= 1.25 * total(count_floor(case))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_plain_nets_are_near_the_floor_without_partial_sums(case, monkeypatch, fresh_plans):
+    monkeypatch.setattr(config, "MAX_SPLIT_K", 1)
+    plan_gemm.cache_clear()
+    assert total(count_fusemlp(case)) <= 1.25 * total(count_floor(case))
+
+
+def test_a_launch_takes_the_longer_of_its_transfers_and_its_arithmetic():
+    launches = [Launch("", flops=770_000_000, bytes=4_000_000), Launch("", flops=1_540_000_000, bytes=4_000_000)]
+    assert Ceilings(bandwidth_tb_s=4, rate_tflop_s=770, launch_us=5).modelled_us(launches) == (1 + 5) + (2 + 5)
+
+
+def bf16(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.usefixtures("kernels", "fresh_plans")
+@pytest.mark.parametrize(
+    "launch_one",
+    [
+        pytest.param(lambda: linear_fwd(bf16(13, 37), bf16(50, 37), bf16(50)), id="fwd"),
+        pytest.param(lambda: linear_fwd(bf16(13, 37), bf16(50, 37), bf16(50), "relu", True), id="fwd-bitmask"),
+        pytest.param(lambda: linear_fwd(bf16(13, 37), bf16(64, 37), None, "silu", True), id="fwd-preact"),
+        pytest.param(lambda: linear_dgrad(bf16(13, 37), bf16(37, 50)), id="dgrad"),
+        pytest.param(
+            lambda: linear_dgrad(bf16(13, 37), bf16(37, 50), "relu", torch.zeros(13, 8, dtype=torch.uint8)),
+            id="dgrad-bitmask",
+        ),
+        pytest.param(lambda: linear_dgrad(bf16(13, 37), bf16(37, 50), "tanh", bf16(13, 50)), id="dgrad-postact"),
+        pytest.param(lambda: linear_wgrad(bf16(37, 13), bf16(37, 50), True), id="wgrad"),
+        pytest.param(lambda: linear_wgrad(bf16(512, 13), bf16(512, 50), True), id="wgrad-split"),
+        pytest.param(
+            lambda: activation_bwd(bf16(30, 100), "relu", torch.zeros(30, 16, dtype=torch.uint8)), id="act-bitmask"
+        ),
+        pytest.param(lambda: activation_bwd(bf16(30, 100), "silu", bf16(30, 100)), id="act-preact"),
+    ],
+)
+def test_a_launch_of_one_tile_touches_what_it_reports(launch_one, monkeypatch):
+    touched = []
+
+    def counted(access):
+        def count(builder, ptrs, *args):
+            mask = args[1] if access is store else args[0]
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            touched.append(size * np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape)))
+            return access(builder, ptrs, *args)
+
+        return count
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted(load))
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted(store))
+    with cost.ledger() as ledger:
+        launch_one()
+    assert sum(touched) == ledger.bytes
+
+
+def test_tables_are_written(tmp_path):
+    assert main(["traffic", "--quick", "--out", str(tmp_path)]) == 0
+    totals, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("traffic", "traffic_layers"))
+    counted = ["launches", "bytes", "flops"]
+    pd.testing.assert_frame_equal(
+        totals.set_index(["case", "what"])[counted].sort_index(), layers.groupby(["case", "what"])[counted].sum()
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--filter", "nothing"], "'nothing' finds no case"), (["--flops", "0"], "argument --flops: 0.0; must be")],
+    ids=["filter", "ceiling"],
+)
+def test_what_it_cannot_use_is_one_line(argv, message, capsys):
+    assert main(["traffic", *argv]) == 2
+    assert message in capsys.readouterr().err
