@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen, compare, gpu_check, report, traffic
+from . import codegen, compare, gpu_check, mlp, ops, regimes, report, roofline, traffic
 
 COMMANDS = {
     "gpu-check": gpu_check,
@@ -12,6 +12,10 @@ COMMANDS = {
     "traffic": traffic,
     "compare": compare,
     "report": report,
+    "roofline": roofline,
+    "ops": ops,
+    "mlp": mlp,
+    "regimes": regimes,
 }
 
 

@@ -7,13 +7,18 @@ grew at all. Exits with 1 if there is a regression.
 """
 
 import argparse
-from math import nan
+import re
+from collections.abc import Iterator
+from math import inf, isnan
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+Row = dict[Any, Any]
+QUANTILE = "p20|p80"
 # The same at every run, and better when smaller.
 COUNTED = ("launches", "bytes", "flops", "registers", "stack", "shared", "LDL", "STL")
 
@@ -27,35 +32,39 @@ def key_columns(table: pd.DataFrame) -> list[str]:
     raise ValueError(f"rows that no text column tells apart: {', '.join(table.columns)}")
 
 
-def changes(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """What differs: row, column, A, B, ratio B / A and verdict ("regression", "noise", "only in A", "only in B" or "")."""
+def verdict(column: str, a: Row, b: Row) -> str:
+    """What a change of the column means: "regression", "noise" or nothing."""
+    if column in COUNTED:
+        return "regression" if b[column] > a[column] else ""
+    if "median" not in column:
+        return ""
+    p20, p80 = column.replace("median", "p20"), column.replace("median", "p80")
+    if isnan(b[column]) or b[p20] > a[p80]:
+        return "regression"
+    return "noise" if b[p80] >= a[p20] else ""
+
+
+def changes(a: pd.DataFrame, b: pd.DataFrame) -> Iterator[Row]:
+    """What differs, as rows of: row, column, A, B, ratio B / A, verdict; a row of one table alone has only the ends."""
     key = key_columns(a)
-    joined = a.merge(b, on=key, how="outer", suffixes=(" A", " B"), validate="one_to_one", indicator="verdict")
-    joined["row"] = joined[key].astype(str).agg(", ".join, axis=1)
-    alone = {"left_only": "only in A", "right_only": "only in B"}
-    found = [
-        joined[["row"]].assign(column="", A=nan, B=nan, verdict=joined["verdict"].map(alone)).dropna(subset="verdict")
-    ]
-    both = joined[joined["verdict"] == "both"]
-    numbers = [column for column in a.select_dtypes("number").columns if column in b.select_dtypes("number").columns]
-    for column in numbers:
-        if "p20" in column or "p80" in column:
+    before, after = (
+        dict(zip(table[key].astype(str).agg(", ".join, axis=1), table.to_dict("records"), strict=True))
+        for table in (a, b)
+    )
+    shared = a.select_dtypes("number").columns.intersection(b.select_dtypes("number").columns)
+    numbers = [column for column in shared if not re.search(QUANTILE, column)]
+    for row in before | after:
+        if row not in after or row not in before:
+            yield {"row": row, "verdict": "only in A" if row in before else "only in B"}
             continue
-        before, after = both[f"{column} A"], both[f"{column} B"]
-        change = both[["row"]].assign(column=column, A=before, B=after, verdict="")
-        if column in COUNTED:
-            change.loc[after > before, "verdict"] = "regression"
-        elif "median" in column:
-            p20, p80 = column.replace("median", "p20"), column.replace("median", "p80")
-            slower, faster = both[f"{p20} B"] > both[f"{p80} A"], both[f"{p80} B"] < both[f"{p20} A"]
-            change.loc[~slower & ~faster, "verdict"] = "noise"
-            change.loc[slower | (before.notna() & after.isna()), "verdict"] = "regression"
-        found.append(change[(before != after) & (before.notna() | after.notna())])
-    differing = pd.concat(found)
-    return differing.assign(ratio=differing["B"] / differing["A"])
+        for column in numbers:
+            x, y = before[row][column], after[row][column]
+            if x != y and not (isnan(x) and isnan(y)):
+                judged = verdict(column, before[row], after[row])
+                yield {"row": row, "column": column, "A": x, "B": y, "ratio": y / x if x else inf, "verdict": judged}
 
 
-def compare(a: Path, b: Path) -> pd.DataFrame:
+def compare(a: Path, b: Path) -> list[Row]:
     """`changes` of every table that both folders hold, its path first. Raises ValueError if they share none."""
     for folder in (a, b):
         if not folder.is_dir():
@@ -65,9 +74,11 @@ def compare(a: Path, b: Path) -> pd.DataFrame:
     )
     if not shared:
         raise ValueError(f"{a} and {b}: no table in both")
-    return pd.concat(
-        [changes(pd.read_csv(a / path), pd.read_csv(b / path)).assign(table=str(path)) for path in shared],
-    )
+    return [
+        {"table": str(path), **change}
+        for path in shared
+        for change in changes(pd.read_csv(a / path), pd.read_csv(b / path))
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print what differs. Returns 1 if there is a regression."""
     differing = compare(arguments.a, arguments.b)
-    regressions = differing["verdict"].tolist().count("regression")
+    regressions = sum(change["verdict"] == "regression" for change in differing)
     table = Table(title=f"{len(differing)} differences, {regressions} regressions")
-    for name in ("table", "row", "column", "A", "B", "B / A", "verdict"):
-        table.add_column(name, justify="right" if name in ("A", "B", "B / A") else "left")
-    for change in differing.to_dict("records"):
-        numbers = (f"{change[name]:.6g}" for name in ("A", "B"))
-        table.add_row(
-            change["table"], change["row"], change["column"], *numbers, f"{change['ratio']:.3f}", change["verdict"]
-        )
+    for name in ("table", "row", "column", "A", "B", "ratio", "verdict"):
+        table.add_column(name, justify="right" if name in ("A", "B", "ratio") else "left")
+    for change in differing:
+        numbers = (f"{change[name]:.6g}" if name in change else "" for name in ("A", "B", "ratio"))
+        table.add_row(change["table"], change["row"], change.get("column"), *numbers, change["verdict"])
     Console().print(table)
     return int(regressions > 0)

@@ -81,8 +81,6 @@ def count_step(case: NetCase) -> Layers:
     net = case.build(x.device)
     with (
         patch.object(torch.nn.functional, "dropout", _fused_dropout),
-        # Autocast knows no tensors without storage.
-        patch.object(torch, "is_autocast_enabled", lambda _: False),
         AtenTraffic(),
     ):
         with cost.ledger() as forward:

@@ -99,7 +99,8 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
     """
     launch.check_tensors(input, layers)
-    if torch.is_autocast_enabled(input.device.type):
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         input = _autocast(input)
         layers = [(_autocast(weight), None if bias is None else _autocast(bias), act) for weight, bias, act in layers]
     launch.check_linear_chain(input, layers, reference.ACTIVATIONS)

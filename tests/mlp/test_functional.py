@@ -374,6 +374,11 @@ def test_sparse_weights_go_to_torch(kernels, device):
     torch.testing.assert_close(F.linear(x, w.to_sparse()), x @ w.t())
 
 
+def test_meta_tensors_have_shapes():
+    x, w = torch.empty(3, 5, device="meta"), torch.empty(4, 5, device="meta")
+    assert F.linear_relu(x, w).shape == (3, 4)
+
+
 def test_triton_by_name_where_it_cannot_run_is_an_error():
     x = torch.empty(3, 5, device="meta")
     with launch.backend("triton"), pytest.raises(RuntimeError, match="needs CUDA tensors"):

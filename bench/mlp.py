@@ -1,0 +1,108 @@
+"""Time whole nets, training step and inference, beside their competitors.
+
+`python -m fusemlp.bench mlp [--out DIR]` gives a row per net, pass, mode (see `timing`) and competitor, with the memory
+that forward keeps for backward and, where the kernels serve, the launches of a pass.
+"""
+
+import argparse
+import math
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cost
+from ..mlp.model import MLP
+from .cases import NETS, QUICK_NETS, NetCase
+from .command import add_common_arguments, check_any, select, warn_if_busy
+from .competitors import NET_COMPETITORS, NET_PASSES, net_call, net_operands
+from .race import Maker, check, finish, measure_cases, race, rows
+from .roofline import measure_ceilings, net_host_us, net_work, within_patience
+from .timing import Call, default_device
+
+
+def nets(case: NetCase, device: torch.device) -> dict[str, nn.Module]:
+    """Every competitor's net that applies to the case, by name, all with equal parameters."""
+    net = build(case, device)
+    made = {name: make(case, deepcopy(net), device) for name, make in NET_COMPETITORS.items()}
+    return {name: each for name, each in made.items() if each is not None}
+
+
+def build(case: NetCase, device: torch.device) -> MLP:
+    torch.manual_seed(0)
+    return case.build(device)
+
+
+def net_makers(case: NetCase, which: str, device: torch.device) -> dict[str, Maker]:
+    return {name: partial(_call, net, case, which, device) for name, net in nets(case, device).items()}
+
+
+def _call(net: nn.Module, case: NetCase, which: str, device: torch.device, number: int) -> Call:
+    return net_call(net, net_operands(case, device, seed=number), which)
+
+
+def net_truth(case: NetCase, which: str, device: torch.device) -> list[Tensor]:
+    """The pass's results in float64, by torch.nn."""
+    net = NET_COMPETITORS["torch"](case, build(case, device).double(), device)
+    assert net is not None
+    input, grad_output = net_operands(case, device)
+    return net_call(net, (input.double(), grad_output.double()), which)()
+
+
+def saved_mib(net: nn.Module, call: Call) -> float:
+    """MiB that the call's forward keeps for backward: every storage once, parameters not counted."""
+    params = {param.untyped_storage().data_ptr() for param in net.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in params:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        call()
+    return sum(saved.values()) / 2**20
+
+
+def kernel_launches(call: Call) -> float:
+    """Launches of fusemlp's kernels in the call; nan where PyTorch serves."""
+    with cost.ledger() as ledger:
+        call()
+    return len(ledger.launches) or math.nan
+
+
+def measure_net(case: NetCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
+    """A row per mode and competitor; no time where the result is wrong."""
+    # Dropout draws other bits for everybody: what is checked is the net without it.
+    sure = replace(case, dropout=0.0)
+    checks = check(net_makers(sure, which, device), net_truth(sure, which, device))
+    competing = nets(case, device)
+    makers: dict[str, Maker] = {name: partial(_call, net, case, which, device) for name, net in competing.items()}
+    work = net_work(case, which)
+    results = race(makers, checks, work.bytes, device, 0.05 if quick else 0.2)
+    host_us = net_host_us(case, which, device) if device.type == "cpu" else None
+    table = rows(results, work, measure_ceilings(case.dtype, device, quick), host_us)
+    kept = {name: saved_mib(net, makers[name](0)) for name, net in competing.items() if not checks[name].fault}
+    table["saved_mib"] = [kept.get(name, math.nan) for name in table["competitor"]]
+    table["launches"] = math.nan
+    table.loc[table["competitor"] == "fusemlp", "launches"] = kernel_launches(makers["fusemlp"](0))
+    return table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure every net; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
+    device = default_device()
+    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter, device)
+    check_any(arguments.filter, cases)
+    warn_if_busy(device)
+    cases = within_patience(cases, net_work, "training", arguments.quick)
+    measure_one = partial(measure_net, device=device, quick=arguments.quick)
+    return finish(measure_cases(cases, NET_PASSES, measure_one, arguments, device), "Nets")

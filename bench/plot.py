@@ -1,0 +1,176 @@
+"""Pictures of the measurements, as figures; `save` writes one."""
+# pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (to a type checker every selection of a pandas table is a Series, too)
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from ..mlp.checkpoint import atomic_write
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+MARKERS = {"forward": "o", "backward": "s", "both": "D", "inference": "^", "training": "v"}
+
+
+def save(figure: Figure, out: Path, name: str) -> None:
+    """Write `out`/name.png atomically."""
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / f"{name}.png") as file:
+        figure.savefig(file, format="png")
+
+
+def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """Arithmetic intensity against rate: the roofs of every type and a point for each case and pass."""
+    figure = Figure(figsize=(11, 6.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    intensities = [*points["intensity"], *ceilings["ridge"]]
+    x = np.geomspace(min(intensities) / 4, max(intensities) * 4, 200)
+    for style, ceiling in zip(("-", "--", "-.", ":"), ceilings.itertuples(), strict=False):
+        roof = np.minimum(1e3 * ceiling.gemm_tflops, ceiling.copy_gb_s * x)
+        axes.plot(
+            x, roof, color="black", linestyle=style, linewidth=1.2, label=f"{ceiling.dtype}, ridge {ceiling.ridge:.1f}"
+        )
+    cases = list(dict.fromkeys(points["case"]))
+    colours = {case: COLOURS[i % len(COLOURS)] for i, case in enumerate(cases)}
+    for point in points.to_dict("records"):
+        # A second round of colours is told apart by being hollow.
+        colour, hollow = colours[point["case"]], cases.index(point["case"]) >= len(COLOURS)
+        axes.plot(
+            point["intensity"],
+            1e3 * point["tflops"],
+            MARKERS[point["pass"]],
+            color=colour,
+            markerfacecolor="white" if hollow else colour,
+            markersize=8,
+        )
+    axes.set(
+        title="Roofline: what fusemlp reaches of what this machine can do",
+        xlabel="arithmetic intensity, FLOP per byte that must move",
+        ylabel="GFLOP/s",
+        xscale="log",
+        yscale="log",
+    )
+    axes.grid(alpha=0.3, which="both")
+    roofs = axes.legend(title="roofs: copy bandwidth, GEMM", loc="upper left", fontsize="small")
+    axes.add_artist(roofs)
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="o",
+            color=colours[case],
+            label=case,
+            markerfacecolor="white" if i >= len(COLOURS) else colours[case],
+        )
+        for i, case in enumerate(cases)
+    ]
+    handles += [
+        Line2D([], [], linestyle="", marker=MARKERS[each], color="grey", label=each)
+        for each in dict.fromkeys(points["pass"])
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="case (colour), pass (shape)")
+    return figure
+
+
+def speedups(table: pd.DataFrame, title: str) -> Figure:
+    """How many times as fast as each competitor fusemlp is: a panel per mode, a group of bars per case and pass."""
+    table = table[table["competitor"] != "fusemlp"].dropna(subset=["fusemlp_speedup"])
+    modes = list(dict.fromkeys(table["mode"]))
+    groups = list(dict.fromkeys(zip(table["case"], table["pass"], strict=True)))
+    competitors = list(dict.fromkeys(table["competitor"]))
+    figure = Figure(figsize=(2 + 6 * len(modes), 2.2 + 0.5 * len(groups)), dpi=150, layout="constrained")
+    figure.suptitle(title)
+    height = 0.8 / len(competitors)
+    for mode, axes in zip(modes, np.atleast_1d(figure.subplots(1, len(modes), sharey=True)), strict=True):
+        of_mode = table[table["mode"] == mode]
+        for number, competitor in enumerate(competitors):
+            rows = of_mode[of_mode["competitor"] == competitor]
+            places = [
+                groups.index(key) + height * (number - (len(competitors) - 1) / 2)
+                for key in zip(rows["case"], rows["pass"], strict=True)
+            ]
+            bars = axes.barh(places, rows["fusemlp_speedup"], height, label=competitor, color=COLOURS[number])
+            axes.bar_label(bars, fmt=" %.2f", fontsize=7)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(range(len(groups)), [f"{case}, {which}" for case, which in groups])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(title=mode, xlabel="competitor's time / fusemlp's time (above 1: fusemlp is faster)")
+        axes.grid(alpha=0.3, axis="x")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(competitors),
+        fontsize="small",
+    )
+    return figure
+
+
+def regimes(
+    sweep: pd.DataFrame, ridge_batches: dict[str, float], gemm_tflops: float, copy_gb_s: float, itemsize: int
+) -> Figure:
+    """A column per layer, all against the batch: throughput, arithmetic intensity, and where the time goes.
+
+    ridge_batches: from which batch on each layer is compute-bound.
+    """
+    figure = Figure(figsize=(6.5 * len(ridge_batches), 11), dpi=150, layout="constrained")
+    figure.suptitle("One linear layer with ReLU: from memory-bound to compute-bound as the batch grows", fontsize=14)
+    columns = figure.subplots(3, len(ridge_batches), sharex="col", squeeze=False).T
+    for (throughput, intensity, parts), (layer, ridge_batch) in zip(columns, ridge_batches.items(), strict=True):
+        of_layer = sweep[sweep["layer"] == layer]
+        for axes in (throughput, intensity, parts):
+            _batch_axis(axes, of_layer["batch"], ridge_batch)
+        _throughput(throughput, of_layer, gemm_tflops, copy_gb_s)
+        _intensity(intensity, of_layer, 1e3 * gemm_tflops / copy_gb_s, itemsize)
+        _parts(parts, of_layer)
+        throughput.set_title(f"{layer}: throughput")
+        throughput.legend(fontsize="small")
+        parts.set_xlabel("batch, rows")
+    return figure
+
+
+def _batch_axis(axes: Axes, batches: pd.Series, ridge_batch: float) -> None:
+    first, last = batches.min() / 1.3, batches.max() * 1.3
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda batch, _: f"{batch:,.0f}"))
+    axes.tick_params(axis="x", rotation=45, labelbottom=True)
+    axes.grid(alpha=0.3)
+    edge = min(max(ridge_batch, first), last)
+    for start, stop, name, colour in ((first, edge, "memory", "tab:blue"), (edge, last, "compute", "tab:red")):
+        axes.axvspan(start, stop, color=colour, alpha=0.07, label=f"{name}-bound by count" if stop > start else None)
+
+
+def _throughput(axes: Axes, sweep: pd.DataFrame, gemm_tflops: float, copy_gb_s: float) -> None:
+    axes.plot(sweep["batch"], 1e3 * sweep["forward_tflops"], "o-", color="tab:blue", label="inference (forward)")
+    both = 1e3 * sweep["training_tflops"]
+    axes.plot(sweep["batch"], both, "v-", color="tab:orange", label="training (forward + backward)")
+    roof = np.minimum(1e3 * gemm_tflops, copy_gb_s * sweep["flop_per_byte"])
+    axes.plot(sweep["batch"], roof, color="black", linewidth=1, label="roofline, forward")
+    saturated = sweep.loc[sweep["forward_tflops"] >= 0.9 * sweep["forward_tflops"].max(), "batch"].min()
+    axes.axvline(saturated, color="grey", linestyle=":", label=f"90% of the best, batch {saturated:,}")
+    axes.set(ylabel="GFLOP/s", yscale="log")
+
+
+def _intensity(axes: Axes, sweep: pd.DataFrame, ridge: float, itemsize: int) -> None:
+    simple = sweep["mac_per_number"] * 2 / itemsize
+    axes.plot(sweep["batch"], simple, "--", color="tab:green", label="NMB / (NM + MB), output not counted")
+    axes.plot(sweep["batch"], sweep["flop_per_byte"], "o-", color="tab:blue", label="exact, forward")
+    training = sweep["flop_per_byte_training"]
+    axes.plot(sweep["batch"], training, "v-", color="tab:orange", label="exact, forward + backward")
+    axes.axhline(ridge, color="black", linewidth=1, label=f"measured ridge, {ridge:.1f}")
+    axes.set(title="arithmetic intensity", ylabel="FLOP per byte", yscale="log")
+    axes.legend(handles=axes.lines, fontsize="small")
+
+
+def _parts(axes: Axes, sweep: pd.DataFrame) -> None:
+    axes.plot(sweep["batch"], sweep["gemm_ms"], "s-", color="tab:red", label="matrix product alone")
+    axes.plot(sweep["batch"], sweep["activation_ms"], "D-", color="tab:purple", label="ReLU alone")
+    axes.set(title="matrix product and activation", ylabel="ms", yscale="log")
+    axes.legend(handles=axes.lines, fontsize="small")

@@ -1,0 +1,241 @@
+"""What this machine can do at most, measured, and how near to it each layer and net comes.
+
+`python -m fusemlp.bench roofline` prints the ceilings (copy bandwidth, matrix products of each type), the ridge between
+memory- and compute-bound, and the regime of every case; with --out it draws them on one picture.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import pandas as pd
+import torch
+from rich.progress import track
+
+from . import plot
+from .cases import LAYERS, NETS, QUICK_LAYERS, QUICK_NETS, LayerCase, NetCase
+from .command import Case, add_common_arguments, check_any, print_table, select, warn_if_busy
+from .competitors import (
+    LAYER_COMPETITORS,
+    LAYER_PASSES,
+    NET_COMPETITORS,
+    NET_PASSES,
+    layer_call,
+    layer_operands,
+    net_call,
+    net_operands,
+)
+from .results import environment, write_table
+from .timing import Call, default_device, l2_bytes, measure, measure_on_device, side_stream
+
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+}
+# A case that takes longer at the very least is left out: there is no waiting for a big GPU's cases on a CPU.
+MAX_SECONDS_PER_CALL = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and the bytes to and from memory that cannot be avoided."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity in FLOP per byte."""
+        return self.flops / self.bytes
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Copy bandwidth in GB/s, read and written bytes both counted, and the matrix product rate of a type in TFLOP/s."""
+
+    copy_gb_s: float
+    gemm_tflops: float
+
+    @property
+    def ridge(self) -> float:
+        """The arithmetic intensity, in FLOP per byte, from which on compute is the limit."""
+        return 1e3 * self.gemm_tflops / self.copy_gb_s
+
+    def roofline_ms(self, work: Work) -> float:
+        """The least time for the work, in milliseconds."""
+        return max(work.flops / (1e9 * self.gemm_tflops), work.bytes / (1e6 * self.copy_gb_s))
+
+    def regime(self, work: Work, host_us: float) -> str:
+        """What limits the work: "launch" if the host needs longer to start it than it needs, "compute" or "memory"."""
+        if 1e3 * self.roofline_ms(work) < host_us:
+            return "launch"
+        return "compute" if work.intensity >= self.ridge else "memory"
+
+
+def layer_work(case: LayerCase, which: str, input_grad: bool = True) -> Work:
+    """The work of one pass of LAYER_PASSES, every tensor moved once and the activation free.
+
+    Forward reads X, W, b and writes Y; backward reads dY and X and writes dW and db, and with input_grad reads W and
+    writes dX.
+    """
+    M, K, N = case.rows, case.in_features, case.out_features
+    forward = Work(2 * M * N * K, (M * K + N * K + N + M * N) * case.dtype.itemsize)
+    elements = M * N + M * K + N * K + N + (N * K + M * K if input_grad else 0)
+    backward = Work((4 if input_grad else 2) * M * N * K, elements * case.dtype.itemsize)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
+
+
+def net_work(case: NetCase, which: str) -> Work:
+    """The work of one pass of NET_PASSES, layer by layer; normalisation and dropout free."""
+    total = Work(0, 0)
+    for number, (fan_in, fan_out) in enumerate(pairwise(case.widths())):
+        layer = LayerCase(case.name, case.rows, fan_in, fan_out, dtype=case.dtype)
+        total += layer_work(layer, "both" if which == "training" else "forward", input_grad=number > 0)
+    return total
+
+
+@lru_cache
+def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool) -> Ceilings:
+    return Ceilings(copy_bandwidth(device, quick), gemm_rate(dtype, device, quick))
+
+
+@lru_cache
+def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
+    """GB/s, read and written bytes both counted, of copying a buffer much larger than any cache."""
+    size = 32 * l2_bytes(device) if device.type == "cuda" else 2**27 if quick else 2**29
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / (1e6 * measure(lambda: target.copy_(source), device, 0.2 if quick else 1.0).median_ms)
+
+
+@lru_cache
+def gemm_rate(dtype: torch.dtype, device: torch.device, quick: bool = False) -> float:
+    """TFLOP/s of the best of a few square matrix products; float32 as torch.get_float32_matmul_precision() has it."""
+    sizes = (4096, 8192) if device.type == "cuda" else (512, 1024) if quick else (1024, 2048)
+    rates = []
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        rates.append(2 * size**3 / (1e9 * measure(lambda left=left, right=right: left @ right, device).median_ms))
+    return max(rates)
+
+
+def layer_fusemlp(case: LayerCase, which: str, device: torch.device, number: int = 0) -> Call:
+    """A pass of the layer on the input of this number."""
+    function = LAYER_COMPETITORS["fusemlp"](case, device, which != "forward")
+    assert function is not None
+    return layer_call(function, layer_operands(case, device, seed=number), which)
+
+
+def net_fusemlp(case: NetCase, which: str, device: torch.device, number: int = 0) -> Call:
+    """A pass of the net on the input of this number."""
+    net = NET_COMPETITORS["fusemlp"](case, case.build(device), device)
+    assert net is not None
+    return net_call(net, net_operands(case, device, seed=number), which)
+
+
+def layer_host_us(case: LayerCase, which: str, device: torch.device) -> float:
+    """Microseconds of host time of a call: on a CPU, which computes as well, of a call on the smallest operands."""
+    if device.type == "cuda":
+        return measure(layer_fusemlp(case, which, device), device, 0.05).host_us
+    smallest = replace(case, rows=1, in_features=1, out_features=1)
+    return 1e3 * measure(layer_fusemlp(smallest, which, device), device, 0.02).median_ms
+
+
+def net_host_us(case: NetCase, which: str, device: torch.device) -> float:
+    """Microseconds of host time of a call: on a CPU, of a call on the smallest net of as many layers."""
+    if device.type == "cuda":
+        return measure(net_fusemlp(case, which, device), device, 0.05).host_us
+    # Two rows, because batch normalisation refuses to train on one.
+    hidden = (1,) * len(case.hidden_features)
+    smallest = replace(case, rows=2, in_features=1, hidden_features=hidden, out_features=1)
+    return 1e3 * measure(net_fusemlp(smallest, which, device), device, 0.02).median_ms
+
+
+def within_patience(cases: Sequence[Case], work: Callable[[Case, str], Work], which: str, quick: bool) -> list[Case]:
+    """The cases that this machine can do in MAX_SECONDS_PER_CALL at its best; prints which it cannot."""
+    device = default_device()
+    kept = []
+    for case in cases:
+        seconds = measure_ceilings(case.dtype, device, quick).roofline_ms(work(case, which)) / 1e3
+        if seconds <= MAX_SECONDS_PER_CALL:
+            kept.append(case)
+        else:
+            print(f"left out: {case.name}: a call would take {seconds:.1f} s at the very least")
+    return kept
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the ceilings and where every case stands under them. Returns 0."""
+    device, quick = default_device(), arguments.quick
+    layers = select(QUICK_LAYERS if quick else LAYERS, arguments.filter, device)
+    nets = select(QUICK_NETS if quick else NETS, arguments.filter, device)
+    check_any(arguments.filter, layers, nets)
+    warn_if_busy(device)
+    ceilings = ceilings_table(device, quick)
+    print_table(ceilings, f"Ceilings of this machine ({environment()['device']})")
+    points = points_table(layers, nets, device, quick)
+    print_table(points, "Under the roofline")
+    if arguments.out is not None:
+        write_table(ceilings, arguments.out, "ceilings")
+        write_table(points, arguments.out, "roofline")
+        plot.save(plot.roofline(ceilings, points), arguments.out, "roofline")
+    return 0
+
+
+def ceilings_table(device: torch.device, quick: bool) -> pd.DataFrame:
+    """A row per type: copy bandwidth in GB/s, matrix products in TFLOP/s, ridge in FLOP per byte."""
+    rows = []
+    for dtype in track(DTYPES[device.type], "ceilings", transient=True):
+        ceilings = measure_ceilings(dtype, device, quick)
+        rows.append({"dtype": str(dtype).removeprefix("torch."), **asdict(ceilings), "ridge": ceilings.ridge})
+    return pd.DataFrame(rows)
+
+
+def points_table(layers: list[LayerCase], nets: list[NetCase], device: torch.device, quick: bool) -> pd.DataFrame:
+    """A row per case and pass of fusemlp: intensity in FLOP per byte, TFLOP/s, share of the roofline, regime."""
+    jobs = [
+        *(
+            (case, which, layer_work, layer_fusemlp, layer_host_us)
+            for case in within_patience(layers, layer_work, "both", quick)
+            for which in LAYER_PASSES
+        ),
+        *(
+            (case, which, net_work, net_fusemlp, net_host_us)
+            for case in within_patience(nets, net_work, "training", quick)
+            for which in NET_PASSES
+        ),
+    ]
+    rows = []
+    with side_stream(device):
+        for case, which, work_of, call_on, host_us_of in track(jobs, "cases", transient=True):
+            ceilings, work = measure_ceilings(case.dtype, device, quick), work_of(case, which)
+
+            def calls_on(number: int, case=case, which=which, call_on=call_on) -> dict[str, Call]:
+                return {"fusemlp": call_on(case, which, device, number)}
+
+            median_ms = measure_on_device(calls_on, work.bytes, device, 0.05 if quick else 0.2)["fusemlp"].median_ms
+            host_us = host_us_of(case, which, device)
+            rows.append({"case": case.name, "pass": which, **achieved(work, median_ms, host_us, ceilings)})
+    return pd.DataFrame(rows)
+
+
+def achieved(work: Work, median_ms: float, host_us: float, ceilings: Ceilings) -> dict[str, float | str]:
+    """What a time means: rates, the share of the roofline, and the regime."""
+    return {
+        "median_ms": median_ms,
+        "host_us": host_us,
+        "intensity": work.intensity,
+        "tflops": work.flops / (1e9 * median_ms),
+        "gb_s": work.bytes / (1e6 * median_ms),
+        "roofline_percent": 100 * ceilings.roofline_ms(work) / median_ms,
+        "regime": ceilings.regime(work, host_us),
+    }

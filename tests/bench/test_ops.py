@@ -1,0 +1,97 @@
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from fusemlp.bench import mlp, plot
+from fusemlp.bench.__main__ import main
+from fusemlp.bench.cases import QUICK_NETS, NetCase
+from fusemlp.bench.competitors import LAYER_COMPETITORS, NET_COMPETITORS
+from fusemlp.kernels import launch
+
+PASSES = {"ops": ["forward", "backward", "both"], "mlp": ["inference", "training"]}
+
+
+@pytest.fixture(scope="module", params=PASSES)
+def command(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def out(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp(command)
+    with warnings.catch_warnings():
+        # The compiler's own.
+        warnings.filterwarnings("ignore", module=r"torch\.")
+        assert main([command, "--quick", "--filter", "32|plain", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def table(command, out):
+    return pd.read_csv(out / f"{command}.csv")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "png"])
+def test_command_writes(command, out, suffix):
+    assert (out / f"{command}.{suffix}").stat().st_size
+
+
+def test_every_pass_is_measured(command, table):
+    assert list(table["pass"].unique()) == PASSES[command]
+
+
+def test_every_competitor_takes_part(command, table):
+    registry = LAYER_COMPETITORS if command == "ops" else NET_COMPETITORS
+    absent = set() if torch.cuda.is_available() else {"torch.compile max-autotune"}
+    assert set(table["competitor"]) == set(registry) - absent
+
+
+def test_right_results_are_timed(table):
+    assert (table["median_ms"].notna() == table["fault"].isna()).all()
+
+
+def test_speedup_is_a_ratio_of_medians(table):
+    first = table.iloc[:2]
+    assert first["fusemlp_speedup"][1] == pytest.approx(first["median_ms"][1] / first["median_ms"][0])
+
+
+def test_rows_are_told_apart_by_text(table):
+    assert not table.duplicated(["case", "pass", "mode", "competitor"]).any()
+
+
+def test_picture_has_a_bar_for_every_competitor(command, table):
+    labels = plot.speedups(table, command).axes[0].get_legend_handles_labels()[1]
+    assert set(labels) == set(table["competitor"]) - {"fusemlp"}
+
+
+def test_saved_activations_count_each_storage_once():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+    # The input, and the ReLU's output, which both ReLU and the layer above keep.
+    assert mlp.saved_mib(net, lambda: net(x)) == 4 * 32 * (8 + 16) / 2**20
+
+
+def test_launches_are_counted_where_the_kernels_serve():
+    case = NetCase("tiny", 16, 16, (16,), 16, dtype=torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with launch.backend("triton"):
+        assert mlp.kernel_launches(mlp.net_makers(case, "inference", device)["fusemlp"](0)) == 2
+
+
+def test_all_nets_of_a_case_have_equal_parameters():
+    made = mlp.nets(QUICK_NETS[0], torch.device("cpu"))
+    assert all(map(torch.equal, made["fusemlp"].parameters(), made["torch"].parameters()))
+
+
+BAD = {
+    "no such case": (["--filter", "nothing"], "argument --filter: 'nothing' finds no case\n"),
+    "no expression": (["--filter", "("], "argument --filter: '(': missing ), unterminated subpattern at position 0\n"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("name", ["roofline", "ops", "mlp", "regimes"])
+def test_bad_arguments_give_one_line(name, arguments, message, capsys):
+    assert main([name, *arguments]) == 2
+    assert capsys.readouterr().err == f"fusemlp-bench {name}: error: {message}"
