@@ -96,7 +96,9 @@ def speedups(table: pd.DataFrame, title: str) -> Figure:
                 for key in zip(rows["case"], rows["pass"], strict=True)
             ]
             bars = axes.barh(places, rows["fusemlp_speedup"], height, label=competitor, color=COLOURS[number])
-            axes.bar_label(bars, fmt=" %.2f", fontsize=7)
+            axes.bar_label(
+                bars, fmt="%.2f", fontsize=7, padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            )
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(range(len(groups)), [f"{case}, {which}" for case, which in groups])
         axes.invert_yaxis()
@@ -113,24 +115,25 @@ def speedups(table: pd.DataFrame, title: str) -> Figure:
 
 
 def regimes(
-    sweep: pd.DataFrame, ridge_batches: dict[str, float], gemm_tflops: float, copy_gb_s: float, itemsize: int
+    sweep: pd.DataFrame, crossings: dict[str, tuple[float, int]], gemm_tflops: float, copy_gb_s: float, itemsize: int
 ) -> Figure:
     """A column per layer, all against the batch: throughput, arithmetic intensity, and where the time goes.
 
-    ridge_batches: from which batch on each layer is compute-bound.
+    crossings: the batch from which on each layer is compute-bound, and the one that saturates the device.
     """
-    figure = Figure(figsize=(6.5 * len(ridge_batches), 11), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.5 * len(crossings), 11), dpi=150, layout="constrained")
     figure.suptitle("One linear layer with ReLU: from memory-bound to compute-bound as the batch grows", fontsize=14)
-    columns = figure.subplots(3, len(ridge_batches), sharex="col", squeeze=False).T
-    for (throughput, intensity, parts), (layer, ridge_batch) in zip(columns, ridge_batches.items(), strict=True):
+    columns = figure.subplots(3, len(crossings), sharex="col", squeeze=False).T
+    for (throughput, intensity, parts), (layer, (ridge_batch, saturating)) in zip(
+        columns, crossings.items(), strict=True
+    ):
         of_layer = sweep[sweep["layer"] == layer]
         for axes in (throughput, intensity, parts):
             _batch_axis(axes, of_layer["batch"], ridge_batch)
-        _throughput(throughput, of_layer, gemm_tflops, copy_gb_s)
+        _throughput(throughput, of_layer, gemm_tflops, copy_gb_s, saturating)
         _intensity(intensity, of_layer, 1e3 * gemm_tflops / copy_gb_s, itemsize)
         _parts(parts, of_layer)
         throughput.set_title(f"{layer}: throughput")
-        throughput.legend(fontsize="small")
         parts.set_xlabel("batch, rows")
     return figure
 
@@ -147,15 +150,15 @@ def _batch_axis(axes: Axes, batches: pd.Series, ridge_batch: float) -> None:
         axes.axvspan(start, stop, color=colour, alpha=0.07, label=f"{name}-bound by count" if stop > start else None)
 
 
-def _throughput(axes: Axes, sweep: pd.DataFrame, gemm_tflops: float, copy_gb_s: float) -> None:
+def _throughput(axes: Axes, sweep: pd.DataFrame, gemm_tflops: float, copy_gb_s: float, saturating: int) -> None:
     axes.plot(sweep["batch"], 1e3 * sweep["forward_tflops"], "o-", color="tab:blue", label="inference (forward)")
     both = 1e3 * sweep["training_tflops"]
     axes.plot(sweep["batch"], both, "v-", color="tab:orange", label="training (forward + backward)")
     roof = np.minimum(1e3 * gemm_tflops, copy_gb_s * sweep["flop_per_byte"])
     axes.plot(sweep["batch"], roof, color="black", linewidth=1, label="roofline, forward")
-    saturated = sweep.loc[sweep["forward_tflops"] >= 0.9 * sweep["forward_tflops"].max(), "batch"].min()
-    axes.axvline(saturated, color="grey", linestyle=":", label=f"90% of the best, batch {saturated:,}")
+    axes.axvline(saturating, color="grey", linestyle=":", label=f"90% of the best, batch {saturating:,}")
     axes.set(ylabel="GFLOP/s", yscale="log")
+    axes.legend(fontsize="small")
 
 
 def _intensity(axes: Axes, sweep: pd.DataFrame, ridge: float, itemsize: int) -> None:

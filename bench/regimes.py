@@ -32,6 +32,7 @@ SATURATED = 0.9  # of the best throughput
 NET = NetCase("plain", 8192, 256, (1024, 1024), 10)
 CPU_ROWS, QUICK_ROWS = 512, 64
 
+NOT_HERE = "not measurable here"
 PRINTED = ["layer", "batch", "mac_per_number", "flop_per_byte", "bound", "forward_tflops", "training_tflops"]
 PRINTED += ["gemm_ms", "activation_ms"]
 
@@ -129,9 +130,6 @@ def verdict(holds: bool) -> str:
     return "confirmed" if holds else "refuted"
 
 
-NOT_HERE = "not measurable here"
-
-
 def claims_table(sweep: pd.DataFrame, device: torch.device, quick: bool) -> pd.DataFrame:
     """A row per claim."""
     judges: tuple[Callable[..., list[Claim]], ...] = (_counting, _saturation, _shares, _hardware, _large_batches)
@@ -146,7 +144,7 @@ def _counting(sweep: pd.DataFrame, device: torch.device, quick: bool) -> list[Cl
     at_64 = sweep[(sweep["layer"] == LECTURE.name) & (sweep["batch"] == B)]
     if len(at_64):
         measured += f"; in time {at_64['gemm_over_activation'].iloc[0]:.1f}x"
-    counted = K == N * K // N == 500 and N * K * B == 32_000_000 and N * B == 64_000
+    counted = N * K == 500 * N and N * K * B == 32_000_000 and N * B == 64_000
     width = SQUARE.in_features
     one, many = simple_intensity(width, width, 1), simple_intensity(width, width, 128)
     return [
@@ -277,19 +275,20 @@ def main(arguments: argparse.Namespace) -> int:
     sweep = sweep_table(layers, device, quick)
     title = f"Batch sweep, {str(layers[0].dtype).removeprefix('torch.')}; ridge {ceilings.ridge:.1f} FLOP per byte"
     print_table(sweep[PRINTED], title)
+    crossings = {}
     for layer in layers:
         of_layer = sweep[sweep["layer"] == layer.name]
-        saturated = {each: saturating_batch(of_layer, f"{each}_tflops") for each in ("forward", "training")}
+        inference, training = (saturating_batch(of_layer, f"{each}_tflops") for each in ("forward", "training"))
+        crossings[layer.name] = ridge_batch(layer, ceilings.ridge), inference
         print(
-            f"{layer.name}: compute-bound from batch {ridge_batch(layer, ceilings.ridge):.0f} on; 90% of the best "
-            f"throughput at batch {saturated['forward']} (inference), {saturated['training']} (training)"
+            f"{layer.name}: compute-bound from batch {crossings[layer.name][0]:.0f} on; 90% of the best throughput "
+            f"at batch {inference} (inference), {training} (training)"
         )
     claims = claims_table(sweep, device, quick)
     print_table(claims, "Claims")
     if arguments.out is not None:
         write_table(sweep, arguments.out, "regimes")
         write_table(claims, arguments.out, "claims")
-        ridge_batches = {layer.name: ridge_batch(layer, ceilings.ridge) for layer in layers}
-        picture = plot.regimes(sweep, ridge_batches, ceilings.gemm_tflops, ceilings.copy_gb_s, layers[0].dtype.itemsize)
+        picture = plot.regimes(sweep, crossings, ceilings.gemm_tflops, ceilings.copy_gb_s, layers[0].dtype.itemsize)
         plot.save(picture, arguments.out, "regimes")
     return 0
