@@ -1,8 +1,9 @@
 """Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
 
 `python -m fusemlp.bench codegen` prints one JSON object per kernel and pinned configuration: registers, bytes of stack
-(spills), shared memory, counts of the instructions that tell whether the tensor cores and the asynchronous copies are
-used, and the budgets it breaks. Exits with 1 if any is broken. Needs a process in which Triton does not interpret.
+(spills), shared memory, occupancy, counts of the instructions that tell whether the tensor cores and the asynchronous
+copies are used, and the budgets it breaks. Exits with 1 if any is broken. Needs a process in which Triton does not
+interpret.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,11 +33,14 @@ from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import plan_gemm
 from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from .command import add_common_arguments
 from .results import write_table
 
 # HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RESERVED = 1024  # bytes of shared memory that every block takes for itself
+REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -66,10 +71,22 @@ class Resources:
     kernel: str
     case: str
     arch: int
+    warps: int
     registers: int
     stack: int
     shared: int
     instructions: dict[str, int]
+
+    @property
+    def occupancy(self) -> float:
+        """Resident threads in percent of the 2048 that a multiprocessor can hold, by registers and shared memory.
+
+        A warp gets registers by 256 out of 65,536; a block 1 KiB of shared memory beside its own.
+        """
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_shared = (SHARED_LIMIT[self.arch] + RESERVED) // (self.shared + RESERVED)
+        blocks = min(by_registers, by_shared, MAX_WARPS // self.warps)
+        return 100 * blocks * self.warps / MAX_WARPS
 
     def broken_budgets(self) -> list[str]:
         """What this kernel should not do, or should and does not."""
@@ -104,7 +121,8 @@ def read_resources(compiled: Any, case: str, arch: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
-    return Resources(compiled.metadata.name, case, arch, int(found[1]), int(found[2]), compiled.metadata.shared, counts)
+    of = compiled.metadata
+    return Resources(of.name, case, arch, of.num_warps, int(found[1]), int(found[2]), of.shared, counts)
 
 
 def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -147,8 +165,11 @@ def choose(entry: GemmConfig, splits: int, *_: int, heavy_epilogue: bool, **__: 
     return entry, splits
 
 
-def audit(arch: int, only: str) -> Iterator[Resources]:
-    """Compile, for one architecture, every case whose name the regular expression `only` finds."""
+def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
+    """Compile, for one architecture, every case whose name the regular expression `only` finds.
+
+    quick: in the first pinned configuration alone.
+    """
     driver.set_active(StubDriver(arch))  # pyright: ignore[reportArgumentType]
     compiled: list[Any] = []
 
@@ -164,7 +185,7 @@ def audit(arch: int, only: str) -> Iterator[Resources]:
                 yield read_resources(compiled[0], case, arch)
 
     with patch.object(launch, "launch", compile_only):
-        for precision, dtype, entry in configurations(arch):
+        for precision, dtype, entry in islice(configurations(arch), 1 if quick else None):
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
             tile = f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
             for name, call in gemm_cases(dtype):
@@ -181,8 +202,7 @@ def audit(arch: int, only: str) -> Iterator[Resources]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arch", type=int, nargs="*", default=[80, 90, 100], help="80, 90, 100 (default: all three)")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write a table per architecture there")
+    add_common_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -194,9 +214,9 @@ def main(arguments: argparse.Namespace) -> int:
     broken = False
     for arch in arguments.arch:
         rows = []
-        for resources in audit(arch, arguments.filter):
+        for resources in audit(arch, arguments.filter, arguments.quick):
             budgets = resources.broken_budgets()
-            row = asdict(resources)
+            row = asdict(resources) | {"occupancy_percent": resources.occupancy}
             print(json.dumps(row | {"broken_budgets": budgets}), flush=True)
             del row["instructions"]
             rows.append({**row, **resources.instructions, "broken_budgets": "; ".join(budgets)})

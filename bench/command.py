@@ -24,13 +24,26 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables and pictures there")
 
 
-def select(cases: Sequence[Case], regex: str, device: torch.device) -> list[Case]:
-    """The cases whose name `regex` finds, in float32 on a CPU. Raises ValueError for a bad expression."""
+def select(cases: Sequence[Case], regex: str) -> list[Case]:
+    """The cases whose name `regex` finds. Raises ValueError for a bad expression."""
     try:
-        found = [case for case in cases if re.search(regex, case.name)]
+        return [case for case in cases if re.search(regex, case.name)]
     except re.error as error:
         raise ValueError(f"argument --filter: {regex!r}: {error}") from error
-    return found if device.type == "cuda" else [replace(case, dtype=torch.float32) for case in found]
+
+
+def in_dtypes(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[Case]:
+    """Every case in every type."""
+    return [replace(case, dtype=dtype) for dtype in dtypes for case in cases]
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """What nets are computed in unless something else is asked for: bfloat16 on CUDA, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_any(regex: str, *cases: Sequence[object]) -> None:

@@ -4,6 +4,7 @@
 
     correctness   the tests on CUDA tensors, without the interpreter
     sanitizer     compute-sanitizer's memcheck and racecheck over every kernel at ragged shapes, where the tool is there
+    ops, mlp      the benchmarks of these names
 
 and writes DIR/SECTION.log, DIR/status.json and, of all that, DIR.tar.gz. A section that passed is not run again.
 """
@@ -25,9 +26,9 @@ from rich.console import Console
 from ..mlp.checkpoint import atomic_write
 from .results import environment
 
-SECTIONS = ("correctness", "sanitizer")
+SECTIONS = ("correctness", "sanitizer", "ops", "mlp")
 SECTION_SECONDS = 480
-CORRECTNESS = ("functional", "modules", "model", "chain", "opinfo", "gpu")
+CORRECTNESS = ("functional", "modules", "model", "chain", "recompute", "opinfo", "gpu")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not codegen"]
 # One shape per kernel and epilogue: under the sanitizer a launch takes a hundred times as long.
 RAGGED = ["tests/kernels/test_linear.py", "-k", "(forward or dgrad or activation_backward or wgrad) and bfloat16"]
@@ -38,6 +39,9 @@ def commands(section: str, out: Path) -> list[list[str]]:
     if section == "correctness":
         folders = ["tests/kernels", *(f"tests/mlp/test_{name}.py" for name in CORRECTNESS)]
         return [[*PYTEST, *folders, f"--junitxml={out / 'correctness.xml'}"]]
+    if section in ("ops", "mlp"):
+        dtypes = ["bfloat16", "float32", "float16"] if section == "ops" else ["bfloat16"]
+        return [[sys.executable, "-m", "fusemlp.bench", section, "--dtype", *dtypes, "--out", str(out / section)]]
     sanitizer = shutil.which("compute-sanitizer")
     tools = ("memcheck", "racecheck") if sanitizer else ()
     return [[str(sanitizer), "--tool", tool, "--error-exitcode", "3", *PYTEST, *RAGGED] for tool in tools]

@@ -1,7 +1,7 @@
 """Time whole nets, training step and inference, beside their competitors.
 
 `python -m fusemlp.bench mlp [--out DIR]` gives a row per net, pass, mode (see `timing`) and competitor, with the memory
-that forward keeps for backward and, where the kernels serve, the launches of a pass.
+that forward keeps for backward, the launches of a pass and the bytes that they move.
 """
 
 import argparse
@@ -13,15 +13,18 @@ from functools import partial
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..kernels import cost
 from ..mlp.model import MLP
 from .cases import NETS, QUICK_NETS, NetCase
-from .command import add_common_arguments, check_any, select, warn_if_busy
 from .competitors import NET_COMPETITORS, NET_PASSES, net_call, net_operands
-from .race import Maker, check, finish, measure_cases, race, rows
-from .roofline import measure_ceilings, net_host_us, net_work, within_patience
-from .timing import Call, default_device
+from .race import Maker, check, measure_all, race, rows
+from .race import add_arguments as add_arguments
+from .roofline import measure_ceilings, net_host_us, net_work
+from .timing import Call
+from .traffic import AtenTraffic
 
 
 def nets(case: NetCase, device: torch.device) -> dict[str, nn.Module]:
@@ -68,11 +71,23 @@ def saved_mib(net: nn.Module, call: Call) -> float:
     return sum(saved.values()) / 2**20
 
 
-def kernel_launches(call: Call) -> float:
-    """Launches of fusemlp's kernels in the call; nan where PyTorch serves."""
-    with cost.ledger() as ledger:
+def launched(net: nn.Module, call: Call) -> dict[str, float]:
+    """Launches of one call and the MB that they move, each operand counted once; nothing of compiled code, unseen."""
+    if isinstance(net, OptimizedModule):
+        return {}
+    with AtenTraffic(), cost.ledger() as ledger:
         call()
-    return len(ledger.launches) or math.nan
+    return {"launches": len(ledger.launches), "moved_mb": sum(each.bytes for each in ledger.launches) / 1e6}
+
+
+def kernels(call: Call, device: torch.device) -> float:
+    """Kernels that one call runs, copies among them, as CUPTI sees them; nan on the CPU."""
+    if device.type != "cuda":
+        return math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in profile.events() or ())
 
 
 def measure_net(case: NetCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
@@ -86,23 +101,22 @@ def measure_net(case: NetCase, which: str, device: torch.device, quick: bool) ->
     results = race(makers, checks, work.bytes, device, 0.05 if quick else 0.2)
     host_us = net_host_us(case, which, device) if device.type == "cpu" else None
     table = rows(results, work, measure_ceilings(case.dtype, device, quick), host_us)
-    kept = {name: saved_mib(net, makers[name](0)) for name, net in competing.items() if not checks[name].fault}
-    table["saved_mib"] = [kept.get(name, math.nan) for name in table["competitor"]]
-    table["launches"] = math.nan
-    table.loc[table["competitor"] == "fusemlp", "launches"] = kernel_launches(makers["fusemlp"](0))
-    return table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser)
+    counts = pd.DataFrame(
+        [
+            {
+                "competitor": name,
+                "saved_mib": saved_mib(net, call),
+                "kernels": kernels(call, device),
+                **launched(net, call),
+            }
+            for name, net in competing.items()
+            if not checks[name].fault
+            for call in [makers[name](0)]
+        ]
+    )
+    return table.merge(counts, how="left", on="competitor")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure every net; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
-    device = default_device()
-    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter, device)
-    check_any(arguments.filter, cases)
-    warn_if_busy(device)
-    cases = within_patience(cases, net_work, "training", arguments.quick)
-    measure_one = partial(measure_net, device=device, quick=arguments.quick)
-    return finish(measure_cases(cases, NET_PASSES, measure_one, arguments, device), "Nets")
+    return measure_all(arguments, QUICK_NETS if arguments.quick else NETS, NET_PASSES, net_work, measure_net)

@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 
 from .cases import LAYERS, QUICK_LAYERS, LayerCase
-from .command import add_common_arguments, check_any, select, warn_if_busy
 from .competitors import LAYER_COMPETITORS, LAYER_PASSES, LayerFunction, layer_call, layer_operands
-from .race import Maker, check, finish, measure_cases, race, rows
-from .roofline import layer_host_us, layer_work, measure_ceilings, within_patience
-from .timing import Call, default_device
+from .race import Maker, check, measure_all, race, rows
+from .race import add_arguments as add_arguments
+from .roofline import layer_host_us, layer_work, measure_ceilings
+from .timing import Call
 
 
 def layer_makers(case: LayerCase, which: str, device: torch.device) -> dict[str, Maker]:
@@ -46,16 +46,6 @@ def measure_layer(case: LayerCase, which: str, device: torch.device, quick: bool
     return rows(results, work, measure_ceilings(case.dtype, device, quick), host_us)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser)
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Measure every layer; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
-    device = default_device()
-    cases = select(QUICK_LAYERS if arguments.quick else LAYERS, arguments.filter, device)
-    check_any(arguments.filter, cases)
-    warn_if_busy(device)
-    cases = within_patience(cases, layer_work, "both", arguments.quick)
-    measure_one = partial(measure_layer, device=device, quick=arguments.quick)
-    return finish(measure_cases(cases, LAYER_PASSES, measure_one, arguments, device), "Layers")
+    return measure_all(arguments, QUICK_LAYERS if arguments.quick else LAYERS, LAYER_PASSES, layer_work, measure_layer)

@@ -78,29 +78,30 @@ def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
     return figure
 
 
-def speedups(table: pd.DataFrame, title: str) -> Figure:
+def speedups(table: pd.DataFrame, command: str) -> Figure:
     """How many times as fast as each competitor fusemlp is: a panel per mode, a group of bars per case and pass."""
     table = table[table["competitor"] != "fusemlp"].dropna(subset=["fusemlp_speedup"])
     modes = list(dict.fromkeys(table["mode"]))
-    groups = list(dict.fromkeys(zip(table["case"], table["pass"], strict=True)))
+    labels = table["case"] + ", " + table["pass"]
+    if len(set(table["dtype"])) > 1:
+        labels += ", " + table["dtype"]
+    table, groups = table.assign(group=labels), list(dict.fromkeys(labels))
     competitors = list(dict.fromkeys(table["competitor"]))
     figure = Figure(figsize=(2 + 6 * len(modes), 2.2 + 0.5 * len(groups)), dpi=150, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{command}: fusemlp and its competitors")
     height = 0.8 / len(competitors)
     for mode, axes in zip(modes, np.atleast_1d(figure.subplots(1, len(modes), sharey=True)), strict=True):
         of_mode = table[table["mode"] == mode]
         for number, competitor in enumerate(competitors):
             rows = of_mode[of_mode["competitor"] == competitor]
-            places = [
-                groups.index(key) + height * (number - (len(competitors) - 1) / 2)
-                for key in zip(rows["case"], rows["pass"], strict=True)
-            ]
+            first = height * (number - (len(competitors) - 1) / 2)
+            places = [groups.index(group) + first for group in rows["group"]]
             bars = axes.barh(places, rows["fusemlp_speedup"], height, label=competitor, color=COLOURS[number])
             axes.bar_label(
                 bars, fmt="%.2f", fontsize=7, padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}
             )
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_yticks(range(len(groups)), [f"{case}, {which}" for case, which in groups])
+        axes.set_yticks(range(len(groups)), groups)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set(title=mode, xlabel="competitor's time / fusemlp's time (above 1: fusemlp is faster)")
@@ -114,24 +115,18 @@ def speedups(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def regimes(
-    sweep: pd.DataFrame, crossings: dict[str, tuple[float, int]], gemm_tflops: float, copy_gb_s: float, itemsize: int
-) -> Figure:
-    """A column per layer, all against the batch: throughput, arithmetic intensity, and where the time goes.
-
-    crossings: the batch from which on each layer is compute-bound, and the one that saturates the device.
-    """
-    figure = Figure(figsize=(6.5 * len(crossings), 11), dpi=150, layout="constrained")
+def regimes(sweep: pd.DataFrame) -> Figure:
+    """A column per layer, all against the batch: throughput, arithmetic intensity, and where the time goes."""
+    layers = sweep["layer"].unique()
+    figure = Figure(figsize=(6.5 * len(layers), 11), dpi=150, layout="constrained")
     figure.suptitle("One linear layer with ReLU: from memory-bound to compute-bound as the batch grows", fontsize=14)
-    columns = figure.subplots(3, len(crossings), sharex="col", squeeze=False).T
-    for (throughput, intensity, parts), (layer, (ridge_batch, saturating)) in zip(
-        columns, crossings.items(), strict=True
-    ):
+    columns = figure.subplots(3, len(layers), sharex="col", squeeze=False).T
+    for (throughput, intensity, parts), layer in zip(columns, layers, strict=True):
         of_layer = sweep[sweep["layer"] == layer]
         for axes in (throughput, intensity, parts):
-            _batch_axis(axes, of_layer["batch"], ridge_batch)
-        _throughput(throughput, of_layer, gemm_tflops, copy_gb_s, saturating)
-        _intensity(intensity, of_layer, 1e3 * gemm_tflops / copy_gb_s, itemsize)
+            _batch_axis(axes, of_layer["batch"], of_layer["compute_bound_from"].iloc[0])
+        _throughput(throughput, of_layer)
+        _intensity(intensity, of_layer)
         _parts(parts, of_layer)
         throughput.set_title(f"{layer}: throughput")
         parts.set_xlabel("batch, rows")
@@ -150,19 +145,21 @@ def _batch_axis(axes: Axes, batches: pd.Series, ridge_batch: float) -> None:
         axes.axvspan(start, stop, color=colour, alpha=0.07, label=f"{name}-bound by count" if stop > start else None)
 
 
-def _throughput(axes: Axes, sweep: pd.DataFrame, gemm_tflops: float, copy_gb_s: float, saturating: int) -> None:
+def _throughput(axes: Axes, sweep: pd.DataFrame) -> None:
     axes.plot(sweep["batch"], 1e3 * sweep["forward_tflops"], "o-", color="tab:blue", label="inference (forward)")
     both = 1e3 * sweep["training_tflops"]
     axes.plot(sweep["batch"], both, "v-", color="tab:orange", label="training (forward + backward)")
-    roof = np.minimum(1e3 * gemm_tflops, copy_gb_s * sweep["flop_per_byte"])
+    roof = 1e3 * sweep["roofline_tflops"]
     axes.plot(sweep["batch"], roof, color="black", linewidth=1, label="roofline, forward")
+    saturating = sweep["forward_saturated_from"].iloc[0]
     axes.axvline(saturating, color="grey", linestyle=":", label=f"90% of the best, batch {saturating:,}")
     axes.set(ylabel="GFLOP/s", yscale="log")
     axes.legend(fontsize="small")
 
 
-def _intensity(axes: Axes, sweep: pd.DataFrame, ridge: float, itemsize: int) -> None:
-    simple = sweep["mac_per_number"] * 2 / itemsize
+def _intensity(axes: Axes, sweep: pd.DataFrame) -> None:
+    ridge = sweep["ridge"].iloc[0]
+    simple = sweep["flop_per_byte_simple"]
     axes.plot(sweep["batch"], simple, "--", color="tab:green", label="NMB / (NM + MB), output not counted")
     axes.plot(sweep["batch"], sweep["flop_per_byte"], "o-", color="tab:blue", label="exact, forward")
     training = sweep["flop_per_byte_training"]

@@ -1,17 +1,23 @@
-"""Write stored results into the README, so that no number is typed by hand.
+"""Write stored results into the README, so that no number is typed by hand, and draw their pictures anew.
 
 `python -m fusemlp.bench report` replaces what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` by the table
-of that name, made from the CSVs under bench/results. With --check it only exits with 1 if the README would change.
+of that name, made from the CSVs under bench/results, and draws beside each CSV the picture that belongs to it. With
+--check it only exits with 1 if the README would change.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..mlp.checkpoint import atomic_write
+from . import plot
+from .competitors import CEILING
 
 
 def stored(results: Path, pattern: str) -> list[Path]:
@@ -21,9 +27,10 @@ def stored(results: Path, pattern: str) -> list[Path]:
     return found
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    rows = [table.columns, ["---", *["---:"] * (table.shape[1] - 1)], *table.astype(str).values.tolist()]
+def markdown(table: pd.DataFrame, right: bool = True) -> str:
+    """A Markdown table: the first column to the left, the others to the right if asked to."""
+    rows = [table.columns, ["---", *["---:" if right else "---"] * (table.shape[1] - 1)]]
+    rows += table.astype(str).values.tolist()
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -68,7 +75,50 @@ def codegen(results: Path) -> str:
     return markdown(pd.DataFrame(rows))
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"traffic": traffic, "codegen": codegen}
+def environment(table: Path) -> dict[str, Any]:
+    """Where the table was measured."""
+    return json.loads((table.parent / "environment.json").read_text())
+
+
+def speed(results: Path) -> str:
+    """Training steps and inference on every GPU that was measured, in the mode that measures the device alone."""
+    parts = []
+    for path in sorted(results.rglob("mlp.csv")):
+        machine = environment(path)
+        if machine["cuda"] is None:
+            continue
+        rows = pd.read_csv(path)
+        of_graphs = rows[rows["mode"] == "CUDA graph"]
+        table = of_graphs.pivot(index=["case", "pass"], columns="competitor", values="median_ms")
+        columns = {"fusemlp, ms": table["fusemlp"].map("{:.4g}".format)}
+        for name in table.columns.drop(["fusemlp", CEILING]):
+            columns[name] = (table[name] / table["fusemlp"]).map("{:.2f}x".format)
+        versions = f"torch {machine['torch']}, Triton {machine['triton']}"
+        parts.append(
+            f"{machine['device']}, {versions}, CUDA graphs; the others in multiples of fusemlp's time.\n\n"
+            f"{markdown(pd.DataFrame(columns).reset_index())}"
+        )
+    return "\n".join(parts) or "No GPU has been measured yet.\n"
+
+
+def claims(results: Path) -> str:
+    (path,) = stored(results, "cpu/claims.csv")
+    machine = environment(path)
+    table = pd.read_csv(path, dtype=str)
+    return f"Measured on a {machine['device']} with torch {machine['torch']}:\n\n{markdown(table, right=False)}"
+
+
+def _roofline(folder: Path) -> Figure:
+    return plot.roofline(pd.read_csv(folder / "ceilings.csv"), pd.read_csv(folder / "roofline.csv"))
+
+
+PICTURES: dict[str, Callable[[Path], Figure]] = {
+    "roofline": _roofline,
+    "regimes": lambda folder: plot.regimes(pd.read_csv(folder / "regimes.csv")),
+    "ops": lambda folder: plot.speedups(pd.read_csv(folder / "ops.csv"), "ops"),
+    "mlp": lambda folder: plot.speedups(pd.read_csv(folder / "mlp.csv"), "mlp"),
+}
+SECTIONS: dict[str, Callable[[Path], str]] = {"traffic": traffic, "codegen": codegen, "speed": speed, "claims": claims}
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 
 
@@ -91,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Bring the README up to date. Returns 1 if it is not, with --check."""
+    """Bring the README and the pictures up to date. Returns 1 if the README is not, with --check."""
     if not arguments.readme.is_file():
         raise ValueError(f"argument --readme: {arguments.readme}: no such file")
     before = arguments.readme.read_text(encoding="utf-8")
@@ -102,4 +152,7 @@ def main(arguments: argparse.Namespace) -> int:
         return int(after != before)
     with atomic_write(arguments.readme) as file:
         file.write(after.encode())
+    for name, draw in PICTURES.items():
+        for path in arguments.results.rglob(f"{name}.csv"):
+            plot.save(draw(path.parent), path.parent, name)
     return 0

@@ -1,7 +1,9 @@
 """Where results go: tables as CSV and JSON, and the machine they were measured on."""
 
 import json
+import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,22 @@ def write_table(table: pd.DataFrame, out: Path, name: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The device and the versions that a measurement depends on."""
+    """The device, and the versions that a measurement depends on: None for what is not there."""
     on_gpu = torch.cuda.is_available()
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-    versions["triton"] = version("triton") if HAS_TRITON else None
-    return {"device": torch.cuda.get_device_name() if on_gpu else platform.machine(), **versions}
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()}-core {platform.machine()} CPU",
+        "driver": _says("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": _says("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton") if HAS_TRITON else None,
+        "python": platform.python_version(),
+    }
+
+
+def _says(*command: str) -> str | None:
+    """What the command prints; None if it is not installed or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -16,7 +16,17 @@ from rich.progress import track
 
 from . import plot
 from .cases import LAYERS, NETS, QUICK_LAYERS, QUICK_NETS, LayerCase, NetCase
-from .command import Case, add_common_arguments, check_any, print_table, select, warn_if_busy
+from .command import (
+    Case,
+    add_common_arguments,
+    check_any,
+    dtype_name,
+    in_dtypes,
+    native_dtype,
+    print_table,
+    select,
+    warn_if_busy,
+)
 from .competitors import (
     LAYER_COMPETITORS,
     LAYER_PASSES,
@@ -165,7 +175,7 @@ def within_patience(cases: Sequence[Case], work: Callable[[Case, str], Work], wh
         if seconds <= MAX_SECONDS_PER_CALL:
             kept.append(case)
         else:
-            print(f"left out: {case.name}: a call would take {seconds:.1f} s at the very least")
+            print(f"left out: {case.name}, {case.rows:,} rows: a call would take {seconds:.1f} s at the very least")
     return kept
 
 
@@ -176,8 +186,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print the ceilings and where every case stands under them. Returns 0."""
     device, quick = default_device(), arguments.quick
-    layers = select(QUICK_LAYERS if quick else LAYERS, arguments.filter, device)
-    nets = select(QUICK_NETS if quick else NETS, arguments.filter, device)
+    dtypes = [native_dtype(device)]
+    layers = in_dtypes(select(QUICK_LAYERS if quick else LAYERS, arguments.filter), dtypes)
+    nets = in_dtypes(select(QUICK_NETS if quick else NETS, arguments.filter), dtypes)
     check_any(arguments.filter, layers, nets)
     warn_if_busy(device)
     ceilings = ceilings_table(device, quick)
@@ -196,7 +207,7 @@ def ceilings_table(device: torch.device, quick: bool) -> pd.DataFrame:
     rows = []
     for dtype in track(DTYPES[device.type], "ceilings", transient=True):
         ceilings = measure_ceilings(dtype, device, quick)
-        rows.append({"dtype": str(dtype).removeprefix("torch."), **asdict(ceilings), "ridge": ceilings.ridge})
+        rows.append({"dtype": dtype_name(dtype), **asdict(ceilings), "ridge": ceilings.ridge})
     return pd.DataFrame(rows)
 
 

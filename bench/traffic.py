@@ -208,8 +208,7 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("bandwidth", "flops"):
         if not (given := getattr(arguments, name)) > 0:
             raise ValueError(f"argument --{name}: {given}; must be positive")
-    # On a CPU the nets would be chosen in float32, and nothing here runs anywhere.
-    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter, torch.device("cuda"))
+    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
     check_any(arguments.filter, cases)
     ceilings = Ceilings(arguments.bandwidth, arguments.flops, arguments.launch_us)
     totals, layers = tables(cases, ceilings)

@@ -77,6 +77,13 @@ def test_correctness_runs_tests_that_exist(tmp_path):
     assert all(path.exists() for path in paths)
 
 
+@pytest.mark.parametrize("section", ["ops", "mlp"])
+def test_benchmarks_write_beside_the_logs(section, tmp_path):
+    (command,) = gpu_check.commands(section, tmp_path)
+    assert command[1:4] == ["-m", "fusemlp.bench", section]
+    assert command[-2:] == ["--out", str(tmp_path / section)]
+
+
 def test_the_sanitizer_runs_each_tool(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: "/bin/compute-sanitizer")
     memcheck, racecheck = gpu_check.commands("sanitizer", tmp_path)

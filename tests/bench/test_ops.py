@@ -6,8 +6,11 @@ import torch
 from fusemlp.bench import mlp, plot
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import QUICK_NETS, NetCase
-from fusemlp.bench.competitors import LAYER_COMPETITORS, NET_COMPETITORS
+from fusemlp.bench.competitors import LAYER_COMPETITORS, NET_COMPETITORS, net_call, net_operands
 from fusemlp.kernels import launch
+
+# The compiler's own.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 PASSES = {"ops": ["forward", "backward", "both"], "mlp": ["inference", "training"]}
 
@@ -72,11 +75,34 @@ def test_saved_activations_count_each_storage_once():
     assert mlp.saved_mib(net, lambda: net(x)) == 4 * 32 * (8 + 16) / 2**20
 
 
-def test_launches_are_counted_where_the_kernels_serve():
+# Two products; PyTorch's ReLU is a launch of its own, which reads and writes 16 x 16 floats.
+LAUNCHED = {"fusemlp": (2, 0), "torch": (3, 2 * 4 * 16 * 16)}
+
+
+@pytest.mark.parametrize(("competitor", "expected"), LAUNCHED.items(), ids=LAUNCHED)
+def test_launches_and_the_bytes_they_move(competitor, expected, device, monkeypatch):
+    # The interpreter works with operators of PyTorch, which would be counted.
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     case = NetCase("tiny", 16, 16, (16,), 16, dtype=torch.float32)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = mlp.nets(case, device)[competitor]
+    x, *_ = operands = net_operands(case, device)
     with launch.backend("triton"):
-        assert mlp.kernel_launches(mlp.net_makers(case, "inference", device)["fusemlp"](0)) == 2
+        counted = mlp.launched(net, net_call(net, operands, "inference"))
+    products = 2 * 4 * (2 * x.numel() + 16 * 16 + 16)
+    assert (counted["launches"], counted["moved_mb"]) == (expected[0], (products + expected[1]) / 1e6)
+
+
+def test_compiled_code_is_not_counted(device):
+    net = mlp.nets(QUICK_NETS[0], device)["torch.compile"]
+    assert mlp.launched(net, list) == {}
+
+
+def test_every_type_is_measured(tmp_path):
+    arguments = ["ops", "--quick", "--dtype", "float64", "bfloat16", "--out", str(tmp_path)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.")
+        assert main(arguments) == 0
+    assert list(pd.read_csv(tmp_path / "ops.csv")["dtype"].unique()) == ["float64", "bfloat16"]
 
 
 def test_all_nets_of_a_case_have_equal_parameters():

@@ -64,6 +64,5 @@ def test_verdict_of_what_needs_no_measurement(out, number, verdict):
 
 def test_picture_shows_both_throughputs_and_the_roofline(out):
     sweep = pd.read_csv(out / "regimes.csv")
-    figure = plot.regimes(sweep, {"500 -> 1000": (7.0, 64), "1024 -> 1024": (6.0, 256)}, 0.2, 30, 4)
-    labels = [line.get_label() for line in figure.axes[0].lines]
+    labels = [line.get_label() for line in plot.regimes(sweep).axes[0].lines]
     assert labels[:3] == ["inference (forward)", "training (forward + backward)", "roofline, forward"]

@@ -1,9 +1,12 @@
 """Stored results in a README."""
 
+import json
+
 import pandas as pd
 import pytest
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.report import render
+from fusemlp.bench.results import environment, write_table
 
 README = "before\n<!-- begin codegen -->\nold\n<!-- end codegen -->\nafter\n"
 CODEGEN = """\
@@ -51,6 +54,52 @@ def test_the_traffic_table_says_what_is_modelled(results):
     assert "Times are modelled, not measured: 4.3 TB/s, 770 TFLOP/s, 0 µs per launch." in text
 
 
+SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"
+
+
+def measured(folder, cuda):
+    """One net as a GPU (or, without CUDA, a CPU) would have it."""
+    folder.mkdir()
+    times = {"fusemlp": 2.0, "torch": 5.0, "GEMM alone": 1.5}
+    rows = [
+        {"case": "net", "pass": "training", "mode": mode, "competitor": name, "median_ms": scale * ms}
+        for mode, scale in (("eager, L2 cold", 10), ("CUDA graph", 1))
+        for name, ms in times.items()
+    ]
+    pd.DataFrame(rows).to_csv(folder / "mlp.csv")
+    machine = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "cuda": cuda}
+    (folder / "environment.json").write_text(json.dumps(machine))
+
+
+def test_speed_is_in_multiples_of_fusemlps_time_in_graphs(tmp_path):
+    measured(tmp_path / "gpu", "13.0")
+    text = render(SPEED, tmp_path)
+    assert "a GPU, torch 2.11, Triton 3.6" in text
+    assert "| net | training | 2 | 2.50x |" in text
+
+
+def test_speed_of_a_cpu_is_not_reported(tmp_path):
+    measured(tmp_path / "cpu", None)
+    assert "No GPU has been measured yet." in render(SPEED, tmp_path)
+
+
+def test_claims_are_reported_with_their_machine(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    claim = {"number": "1", "claim": "it is fast", "verdict": "confirmed", "measured": "2x"}
+    write_table(pd.DataFrame([claim]), tmp_path / "cpu", "claims")
+    text = render("<!-- begin claims -->\n<!-- end claims -->\n", tmp_path)
+    assert "| 1 | it is fast | confirmed | 2x |" in text
+    assert f"Measured on a {environment()['device']}" in text
+
+
+def test_pictures_are_drawn_beside_their_tables(results, readme, tmp_path):
+    quick = tmp_path / "cpu"
+    assert main(["roofline", "--quick", "--filter", "32", "--out", str(quick)]) == 0
+    (quick / "roofline.png").unlink()
+    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
+    assert (quick / "roofline.png").stat().st_size
+
+
 def test_text_without_sections_stays(results):
     assert render("as it was\n", results) == "as it was\n"
 
@@ -67,7 +116,10 @@ def test_check_passes_after_a_report(results, readme):
 
 @pytest.mark.parametrize(
     ("section", "message"),
-    [("traffic", "traffic.csv: no such table"), ("speed", "section 'speed': allowed are traffic, codegen")],
+    [
+        ("traffic", "traffic.csv: no such table"),
+        ("magic", "section 'magic': allowed are traffic, codegen, speed, claims"),
+    ],
 )
 def test_what_it_cannot_render_is_one_line(section, message, readme, tmp_path, capsys):
     readme.write_text(README.replace("codegen", section), encoding="utf-8")

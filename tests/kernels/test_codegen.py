@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fusemlp.bench.codegen import Resources
 
 pytestmark = pytest.mark.codegen
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -30,10 +31,24 @@ def test_a_broken_budget_is_reported():
     broken = """
 from fusemlp.bench.codegen import INSTRUCTIONS, Resources
 counts = dict.fromkeys(INSTRUCTIONS, 0)
-print(Resources("k", "linear_fwd bf16 128x256x64 tma split 1", 90, 255, 8, 300_000, counts).broken_budgets())
+print(Resources("k", "linear_fwd bf16 128x256x64 tma split 1", 90, 8, 255, 8, 300_000, counts).broken_budgets())
 """
     expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load"]
     assert run("-c", broken).stdout.strip() == str(expected)
+
+
+OCCUPANCY = {
+    # 8 warps of 168 registers fit once into 65,536 and 208 KiB once into 228; 4 warps with 112 KiB fit twice; with
+    # 32 registers and no shared memory nothing but the 64 warps is in the way.
+    "registers": (8, 168, 0, 12.5),
+    "shared memory": (4, 128, 112 * 1024, 12.5),
+    "warps": (4, 32, 0, 100),
+}
+
+
+@pytest.mark.parametrize(("warps", "registers", "shared", "percent"), OCCUPANCY.values(), ids=OCCUPANCY)
+def test_occupancy_by_hand(warps, registers, shared, percent):
+    assert Resources("k", "case", 90, warps, registers, 0, shared, {}).occupancy == percent
 
 
 LAUNCHES = '''
