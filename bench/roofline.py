@@ -120,7 +120,7 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
     size = 32 * l2_bytes(device) if device.type == "cuda" else 2**27 if quick else 2**29
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / (1e6 * measure(lambda: target.copy_(source), device, 0.2 if quick else 1.0).median_ms)
+    return 2 * size / (1e6 * measure(lambda: target.copy_(source), device, 0.2 if quick else 1.0).p20_ms)
 
 
 @lru_cache
@@ -130,7 +130,8 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, quick: bool = False) -> 
     rates = []
     for size in sizes:
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        rates.append(2 * size**3 / (1e9 * measure(lambda left=left, right=right: left @ right, device).median_ms))
+        timing = measure(lambda left=left, right=right: left @ right, device, 0.2 if quick else 1.0)
+        rates.append(2 * size**3 / (1e9 * timing.p20_ms))
     return max(rates)
 
 
