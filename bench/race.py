@@ -68,7 +68,7 @@ class Result:
 def check(makers: Mapping[str, Maker], truth: Sequence[Tensor]) -> dict[str, Check]:
     """Compare every competitor with the float64 `truth`.
 
-    An error is right up to twice torch's plus 1e-6. Others than fusemlp may also round as they like, as long as half of a
+    An error is right up to twice torch's plus 1e-6. Others than fusemlp may round as they like, as long as half of a
     tensor's digits are right.
     """
     eager = makers["torch"](0)()
