@@ -29,10 +29,27 @@ from triton.runtime import driver
 
 from ..kernels import config, launch
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.batch_norm import (
+    batch_norm_bwd,
+    batch_norm_bwd_sums,
+    batch_norm_fwd,
+    dropout_args,
+    norm_args,
+)
 from ..kernels.config import GemmConfig
+from ..kernels.dropout import dropout
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import plan_gemm
-from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from ..kernels.linear import (
+    activation_bwd,
+    linear_dgrad,
+    linear_dgrad_norm,
+    linear_fwd,
+    linear_fwd_moments,
+    linear_fwd_norm,
+    linear_wgrad,
+)
+from ..kernels.moments import column_moments
 from .command import add_common_arguments
 from .results import write_table
 
@@ -41,6 +58,8 @@ INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESERVED = 1024  # bytes of shared memory that every block takes for itself
 REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
+# What a hidden block ends with: nothing, and one that each kind of derivative stands for.
+NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -95,12 +114,12 @@ class Resources:
         # A tile of 16 rows is too short for the warp-group instructions of sm_90 and sm_100.
         if " 16x" in case:
             tensor_cores = "HMMA"
-        products = "linear_" in case and "ieee" not in case
+        products = self.kernel == "_gemm_kernel" and "ieee" not in case
         checks = {
             f"stack {self.stack} B": self.stack > self._stack_budget(),
             f"shared memory {self.shared} B": self.shared > SHARED_LIMIT[self.arch],
             f"no {tensor_cores}": products and not count[tensor_cores],
-            "no TMA load": " tma" in case and not count["UTMALDG"],
+            "no TMA load": self.kernel == "_gemm_kernel" and " tma" in case and not count["UTMALDG"],
             "no asynchronous copy": products and " pointer" in case and not count["LDGSTS"],
         }
         return [message for message, broken in checks.items() if broken]
@@ -143,6 +162,41 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"linear_fwd {name}", lambda name=name: linear_fwd(x, w, bias, name, True)
         kept = saved(K, entry.saves)
         yield f"linear_dgrad {name}", lambda name=name, kept=kept: linear_dgrad(dz, w, name, kept)
+    mean, var, scale, shift = (torch.empty(K) for _ in range(4))
+    norm = mean, var, scale, shift, 1e-5
+    dropout = dropout_args(0.1, torch.empty(1, dtype=torch.int64))
+    yield "linear_fwd moments", lambda: linear_fwd_moments(x, w, bias)
+    yield "linear_fwd norm relu", lambda: linear_fwd_norm(x, w, bias, *norm, "relu")
+    for name in NORM_ACTIVATIONS:
+        yield (
+            f"linear_dgrad norm {name} dropout",
+            lambda name=name: linear_dgrad_norm(dz, w, x, norm_args(*norm), dropout, name),
+        )
+    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, None, dropout, "relu")
+
+
+def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and launches of every pass over activations, on unread tensors."""
+    M, N = 4096, 1024
+    x, dy = (torch.empty(M, N, dtype=dtype) for _ in range(2))
+    mean, var, weight, bias = (torch.empty(N) for _ in range(4))
+    seed = torch.empty(1, dtype=torch.int64)
+    norm = mean, var, weight, bias, 1e-5
+    for name, entry in ACTIVATIONS.items():
+        kept = torch.empty(M, bitmask_width(N), dtype=torch.uint8) if entry.saves == "bitmask" else dy
+        yield f"activation_bwd {name}", lambda name=name, kept=kept: activation_bwd(dy, name, kept)
+    yield "dropout", lambda: dropout(x, 0.1, seed)
+    yield "column_moments", lambda: column_moments(x, mean, var, seed, 0.1)
+    for name in NORM_ACTIVATIONS:
+        yield f"batch_norm_fwd {name} dropout", lambda name=name: batch_norm_fwd(x, *norm, name, 0.1, seed)
+        yield (
+            f"batch_norm_bwd_sums {name} dropout",
+            lambda name=name: batch_norm_bwd_sums(dy, x, *norm, name, 0.1, seed),
+        )
+        yield (
+            f"batch_norm_bwd {name} dropout",
+            lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
+        )
 
 
 def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
@@ -182,7 +236,7 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
             plan_gemm.cache_clear()
             with suppress(NeverChosen):
                 call()
-                yield read_resources(compiled[0], case, arch)
+            yield from (read_resources(each, case, arch) for each in compiled)
 
     with patch.object(launch, "launch", compile_only):
         for precision, dtype, entry in islice(configurations(arch), 1 if quick else None):
@@ -192,12 +246,9 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
                 for split_k in (1, 4) if name == "linear_wgrad" else (1,):
                     with patch.object(config, "select_gemm", partial(choose, entry, split_k)):
                         yield from compiled_by(call, f"{name} {tile} split {split_k}")
-        for name, entry in ACTIVATIONS.items():
-            dy = torch.empty(4096, 1024, dtype=torch.bfloat16)
-            kept = torch.empty(4096, 128, dtype=torch.uint8) if entry.saves == "bitmask" else dy
-            yield from compiled_by(
-                lambda dy=dy, name=name, kept=kept: activation_bwd(dy, name, kept), f"activation_bwd {name}"
-            )
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            for case, call in pass_cases(dtype):
+                yield from compiled_by(call, f"{case} {name}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,8 +34,8 @@ FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
 # What a layer's backward ends with: fusemlp's dgrad, PyTorch's bias gradient.
 LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
 # Batch norm, activation and dropout, with statistics taken in the product before: forward reads and writes the
-# activations once, backward reads them and their gradient twice and writes a gradient.
-NORMALISE_PASSES = 7
+# activations; backward reads them for its sums while the gradient is in registers, then both, and writes a gradient.
+NORMALISE_PASSES = 6
 
 
 class AtenTraffic(TorchDispatchMode):
@@ -52,7 +52,7 @@ class AtenTraffic(TorchDispatchMode):
         return result
 
 
-def _fused_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Dropout as the one kernel it is on CUDA; elsewhere PyTorch makes three operators of it."""
     return torch.native_dropout(input, p, training)[0]
 
@@ -63,7 +63,7 @@ def served_as_on_a_hopper_gpu() -> Iterator[None]:
     chosen = launch.Choice("triton", "counted, not run")
     with ExitStack() as patches:
         for name, stand_in in (
-            ("explain", lambda *_: chosen),
+            ("explain", lambda *_, **__: chosen),
             ("has_tma", lambda _: True),
             ("num_sms", lambda _: 132),
             ("launch", lambda *_, **__: None),
@@ -91,11 +91,17 @@ def count_step(case: NetCase) -> Layers:
 
 
 def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
-    """Which layer each launch works for: forward a product begins one, backward what follows its last launch does."""
-    layers: Layers = []
+    """Which layer each launch works for.
+
+    Forward a product begins one, the first after what comes before it; backward what follows its last launch does.
+    """
+    layers: Layers = [[]]
+    begun = False
     for each in forward:
         if each.name in FORWARD_PRODUCTS:
-            layers.append([])
+            if begun:
+                layers.append([])
+            begun = True
         layers[-1].append(each)
     layer = len(layers) - 1
     layers[layer].append(backward[0])

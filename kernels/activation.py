@@ -22,6 +22,11 @@ def identity(z):
 
 
 @triton.jit
+def identity_grad(grad, preact, FNS: tl.constexpr):
+    return grad
+
+
+@triton.jit
 def relu(z):
     # Not tl.maximum, which drops NaN on the GPU.
     return tl.where(z <= 0, 0.0, z)
@@ -135,6 +140,34 @@ class Activation:
     dact: Any
     saves: Literal["bitmask", "postact", "preact"]
     active: Any = None
+
+
+# grad times the derivative at preact, whatever the activation would have kept.
+@triton.jit
+def _grad_by_active(grad, preact, FNS: tl.constexpr):
+    return FNS[2](grad, FNS[3](preact))
+
+
+@triton.jit
+def _grad_by_postact(grad, preact, FNS: tl.constexpr):
+    return FNS[2](grad, FNS[1](preact))
+
+
+@triton.jit
+def _grad_by_preact(grad, preact, FNS: tl.constexpr):
+    return FNS[2](grad, preact)
+
+
+GRAD_AT_PREACT = {"bitmask": _grad_by_active, "postact": _grad_by_postact, "preact": _grad_by_preact}
+
+
+def functions_of_preact(name: str | None) -> tuple[Any, ...]:
+    """(gradient, act, ...): device functions of the preactivation alone; call FNS[0](grad, preact, FNS), FNS[1](z)."""
+    if name is None:
+        return identity_grad, identity
+    entry = ACTIVATIONS[name]
+    fns = GRAD_AT_PREACT[entry.saves], entry.act, entry.dact, entry.active
+    return tuple(fn for fn in fns if fn is not None)
 
 
 ACTIVATIONS: dict[str, Activation] = {

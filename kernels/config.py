@@ -52,6 +52,8 @@ ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
 TMA_MIN_FLOPS = 20_000_000_000
 MAX_SPLIT_K = 32
 MIN_K_PER_SPLIT = 256
+# What partial sums move, written and read again in 4 bytes, at most of what the operands do.
+MAX_PARTIAL_SHARE = 1 / 4
 
 
 def select_gemm(
@@ -78,6 +80,28 @@ def select_gemm(
     if heavy_epilogue:
         configs = tuple(c for c in configs if c is not WIDEST)
     fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
-    max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT)) if split_k else 1
+    affordable = int(MAX_PARTIAL_SHARE * (M + N) * K * itemsize / (2 * M * N * max(4, itemsize)))
+    max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT, affordable)) if split_k else 1
     config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
     return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))
+
+
+POINTWISE_ELEMENTS = 4096
+
+
+def pointwise_block(N: int) -> tuple[int, int]:
+    """Rows and columns of a tile of an elementwise pass over N columns, in whole groups of 8 columns."""
+    block_n = min(128, max(16, 1 << (N - 1).bit_length()))
+    return POINTWISE_ELEMENTS // block_n, block_n
+
+
+# Programs for each multiprocessor of a reduction over rows.
+ROW_SPLITS_PER_SM = 4
+
+
+def row_splits(M: int, N: int, num_sms: int) -> int:
+    """Rows of each range when a reduction over M rows is split to fill the device; a multiple of the tile's rows."""
+    block_m, block_n = pointwise_block(N)
+    tiles_m = -(-M // block_m)
+    splits = min(tiles_m, max(1, ROW_SPLITS_PER_SM * num_sms // -(-N // block_n)))
+    return -(-tiles_m // splits) * block_m

@@ -15,16 +15,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import cast, tile_pointers
+from .batch_norm import normalize, normalized_grad
+from .moments import store_partial, tile_moments
+from .tile import cast, rounded, tile_pointers
 
 
 class Epilogue(NamedTuple):
-    """A tile function, its arguments and device functions, and whether it needs many registers of its own."""
+    """A tile function, its arguments and device functions, and whether it needs many registers of its own.
+
+    With `column_sums` the GEMM adds an argument, (2, tiles along M, N), in which the function leaves two results for
+    the columns of each tile.
+    """
 
     tile_fn: Any
     args: tuple[Any, ...] = ()
     fns: tuple[Any, ...] = ()
     heavy: bool = False
+    column_sums: bool = False
 
 
 def bitmask_width(N: int) -> int:
@@ -126,3 +133,58 @@ def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
     ptrs, mask = tile_pointers(saved_ptr, row, col, M, N, stride_saved, 1, BLOCK_M, BLOCK_N)
     saved = tl.load(ptrs, mask=mask, other=0.0)
     return FNS[0](acc, saved.to(acc.dtype))
+
+
+@triton.jit
+def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Mean and squared deviations of the preactivation's columns, as it is stored in type FNS[0], on the way."""
+    bias_ptr, partial_ptr = args
+    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
+    mean, m2 = tile_moments(rounded(preact, FNS[0]), tl.minimum(M - row, BLOCK_M), BLOCK_M)
+    store_partial(partial_ptr, mean, m2, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
+    return preact
+
+
+@triton.jit
+def bias_norm_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _bias_norm_act_half(left, args, FNS, col, N, BLOCK_N // 2)
+    right = _bias_norm_act_half(right, args, FNS, col + BLOCK_N // 2, N, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _bias_norm_act_half(acc, args, FNS: tl.constexpr, col, N, BLOCK_N: tl.constexpr):
+    bias_ptr, norm = args
+    _, u = normalize(_add_bias(acc, bias_ptr, col, N, BLOCK_N), norm, col, N, BLOCK_N)
+    return FNS[1](u)
+
+
+@triton.jit
+def dnorm(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """du of the block below, which normalised x, if it did; then sums of du and du xhat over the rows, on the way."""
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _dnorm_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _dnorm_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _dnorm_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _dnorm_quarter(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _dnorm_quarter(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    x_ptr, stride_x, norm, dropout, partial_ptr = args
+    ptrs, mask = tile_pointers(x_ptr, row, col, M, N, stride_x, 1, BLOCK_M, BLOCK_N)
+    x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
+    du, xhat = normalized_grad(acc, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, True)
+    if partial_ptr is not None:
+        stored = rounded(du, x_ptr.dtype.element_ty)
+        du_sum, du_xhat_sum = tl.sum(stored, axis=0), tl.sum(stored * xhat, axis=0)
+        store_partial(partial_ptr, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
+    return du

@@ -6,18 +6,20 @@ one program per tile is the special case that the pointer path launches.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, cost, launch
 from .epilogue import Epilogue, identity
-from .tile import cast, matmul_tile, store_tile, tile_order
+from .tile import acc_dtype, cast, matmul_tile, store_tile, tile_order, triton_acc_dtype
 
 
 @triton.jit
@@ -61,19 +63,26 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _split_k_reduce_kernel(
-    partial_ptr, out_ptr, row_sum_ptr, out_numel, numel, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum the partial results (SPLIT_K, numel) in order; the first out_numel are out's, the rest row_sum's."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-    for split in range(SPLIT_K):
-        total += tl.load(partial_ptr + split * numel + offs, mask=offs < numel, other=0.0)
-    tl.store(out_ptr + offs, cast(total, out_ptr.dtype.element_ty), mask=offs < out_numel)
-    if row_sum_ptr is not None:
-        offs_row = offs - out_numel
-        mask = (offs_row >= 0) & (offs < numel)
-        tl.store(row_sum_ptr + offs_row, cast(total, row_sum_ptr.dtype.element_ty), mask=mask)
+def _split_k_reduce_kernel(parts, BLOCK: tl.constexpr):
+    """For each of `parts`, sum the partial results (splits, numel) in order.
+
+    The first out_numel are out's, the rest row_sum's.
+    """
+    first = 0
+    for i in tl.static_range(len(parts)):  # pyright: ignore[reportGeneralTypeIssues]
+        partial_ptr, out_ptr, row_sum_ptr, out_numel, numel, splits = parts[i]
+        block = tl.program_id(0) - first
+        first += tl.cdiv(numel, BLOCK)
+        if block >= 0 and tl.program_id(0) < first:
+            offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
+            for split in range(splits):
+                total += tl.load(partial_ptr + split * numel + offs, mask=offs < numel, other=0.0)
+            tl.store(out_ptr + offs, cast(total, out_ptr.dtype.element_ty), mask=offs < out_numel)
+            if row_sum_ptr is not None:
+                offs_row = offs - out_numel
+                mask = (offs_row >= 0) & (offs < numel)
+                tl.store(row_sum_ptr + offs_row, cast(total, row_sum_ptr.dtype.element_ty), mask=mask)
 
 
 IDENTITY = Epilogue(identity)
@@ -134,7 +143,6 @@ def plan_gemm(
         num_sms=launch.num_sms(device),
     )  # fmt: skip
     out_tma = tile.tma and split_k == 1 and out_describable
-    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     programs = tile.tiles(M, N) * split_k
     return GemmPlan(
         programs=min(programs, launch.num_sms(device)) if tile.tma else programs,
@@ -142,11 +150,11 @@ def plan_gemm(
         block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         tma=tile.tma,
         out_tma=out_tma,
-        acc_dtype=acc_dtype,
+        acc_dtype=acc_dtype(dtype),
         meta={
             "EPILOGUE": tile_fn,
             "EPILOGUE_FNS": fns,
-            "ACC_DTYPE": tl.float64 if acc_dtype == torch.float64 else tl.float32,
+            "ACC_DTYPE": triton_acc_dtype(dtype),
             "INPUT_PRECISION": "tf32" if tensor_cores else "ieee",
             "SPLIT_K": split_k,
             "TMA": tile.tma,
@@ -163,6 +171,29 @@ def plan_gemm(
     )
 
 
+class Unreduced(NamedTuple):
+    """Partial results (splits, numel) of a product that was split along K, and where their sums go."""
+
+    name: str
+    partial: Tensor
+    out: Tensor
+    row_sum: Tensor | None
+
+
+def reduce_splits(unreduced: Sequence[Unreduced]) -> None:
+    """Add up, in order and in one launch, what split products left in parts."""
+    if not unreduced:
+        return
+    parts = tuple(
+        (partial, out, row_sum, out.numel(), partial.shape[1], partial.shape[0])
+        for _, partial, out, row_sum in unreduced
+    )
+    programs = sum(-(-numel // REDUCE_BLOCK) for *_, numel, _ in parts)
+    launch.launch(_split_k_reduce_kernel, programs, unreduced[0].out.device, parts, BLOCK=REDUCE_BLOCK)
+    tensors = [t for each in unreduced for t in each[1:]]
+    cost.report(f"{unreduced[0].name}_reduce", sum(each.partial.numel() for each in unreduced), tuple(tensors))
+
+
 def gemm(
     name: str,
     a: Tensor,
@@ -170,11 +201,14 @@ def gemm(
     out: Tensor,
     epilogue: Epilogue = IDENTITY,
     row_sum: Tensor | None = None,
-) -> None:
+    unreduced: list[Unreduced] | None = None,
+) -> tuple[Tensor, int] | None:
     """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
 
     a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
-    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers.
+    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers. Returns an epilogue's
+    column sums and of how many rows each is. Results that a split left in parts are added up at once, or noted in
+    `unreduced` for a later `reduce_splits`.
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
@@ -189,21 +223,26 @@ def gemm(
     if partial is not None:
         out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
     block_m, block_n, block_k = plan.block
+    column_sums = None
+    if epilogue.column_sums:
+        column_sums = torch.empty(2, -(-M // block_m), N, dtype=plan.acc_dtype, device=a.device)
+    epilogue_args = epilogue.args if column_sums is None else (*epilogue.args, column_sums)
     launch.launch(
         _gemm_kernel, plan.programs, a.device,
         describe(a, (block_m, block_k)) if plan.tma else a,
         describe(b, (block_k, block_n)) if plan.tma else b,
         describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
-        row_sum_ptr, epilogue.args,
+        row_sum_ptr, epilogue_args,
         M, N, K, *a.stride(), *b.stride(), N, numel,
         **plan.meta,
     )  # fmt: skip
-    side_tensors = [t for t in epilogue.args if isinstance(t, Tensor)]
+    side_tensors = [t for t in tree_leaves(epilogue_args) if isinstance(t, Tensor)]
     results = (out, row_sum) if partial is None else (partial,)
     cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
     if partial is not None:
-        launch.launch(
-            _split_k_reduce_kernel, -(-numel // REDUCE_BLOCK), a.device,
-            partial, out, row_sum, M * N, numel, SPLIT_K=plan.split_k, BLOCK=REDUCE_BLOCK,
-        )  # fmt: skip
-        cost.report(f"{name}_reduce", partial.numel(), (partial, out, row_sum))
+        todo = Unreduced(name, partial, out, row_sum)
+        if unreduced is None:
+            reduce_splits([todo])
+        else:
+            unreduced.append(todo)
+    return None if column_sums is None else (column_sums, block_m)

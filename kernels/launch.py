@@ -50,8 +50,8 @@ class Choice:
     reason: str
 
 
-def explain(*tensors: Tensor | None) -> Choice:
-    """Which code serves an operation on these tensors, and why.
+def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
+    """Which code serves an operation on these tensors, and why; `product`: a matrix product, else a pass over them.
 
     Raises RuntimeError if the Triton backend was asked for by name and cannot run on them.
     """
@@ -70,7 +70,7 @@ def explain(*tensors: Tensor | None) -> Choice:
     if first.is_cuda:
         if _requested == "triton":
             return Choice("triton", "asked for by name")
-        return best_on_gpu(first.dtype, first.device)
+        return best_on_gpu(first.dtype, first.device, product)
     if _requested == "triton":
         if INTERPRET and first.device.type == "cpu":
             return Choice("triton", "asked for by name; runs in Triton's interpreter")
@@ -82,10 +82,12 @@ def explain(*tensors: Tensor | None) -> Choice:
 
 
 @torch.compiler.assume_constant_result
-def best_on_gpu(dtype: torch.dtype, device: torch.device) -> Choice:
-    """The better code for products of this dtype on a CUDA device, and why."""
+def best_on_gpu(dtype: torch.dtype, device: torch.device, product: bool = True) -> Choice:
+    """The better code for operations on this dtype on a CUDA device, and why."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice("torch", "kernels need compute capability 8.0")
+    if not product:
+        return Choice("triton", "one pass instead of several")
     if dtype == torch.float64:
         return Choice("torch", "float64 products are cuBLAS's")
     if dtype == torch.float32 and not tf32_allowed():
@@ -98,28 +100,82 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def check_tensors(input: Any, layers: Sequence[tuple[Any, Any, str | None]]) -> None:
+def check_tensors(input: Any, layers: Sequence[Any]) -> None:
     """Refuse what is no tensor with a TypeError that names it; a bias may be None."""
-    params = [given for weight, bias, _ in layers for given in (("weight", weight), ("bias", bias))]
+    params = [given for layer in layers for given in (("weight", layer.weight), ("bias", layer.bias))]
     for name, value in (("input", input), *params):
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"{name}: {type(value).__name__}; must be a torch.Tensor")
 
 
-def check_linear_chain(
-    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, str | None]], activations: Collection[str | None]
-) -> None:
-    """Refuse what a chain of linear layers, each (weight, bias, activation), cannot compute, naming the argument.
+def _check_dtype(input: Tensor) -> None:
+    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
+
+
+def _check_activation(activation: str | None, activations: Collection[str | None]) -> None:
+    if activation not in activations:
+        raise ValueError(f"activation: {activation!r}; allowed are {', '.join(map(repr, activations))}")
+
+
+def check_probability(p: float) -> None:
+    """Refuse what is no probability of dropping with a ValueError."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: {p}; must be between 0 and 1")
+
+
+def check_norm(input: Any, norm: Any, activation: str | None, activations: Collection[str | None]) -> None:
+    """Refuse what batch normalisation (a `Norm`, or None) and an activation cannot compute, naming the argument.
+
+    input (N, C, *), more than one value for each channel if it is normalised by them; parameters and running averages
+    (C,), in input's dtype or, beside a 16-bit one, in float32. Raises TypeError and ValueError as `check_linear_chain`.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: {type(input).__name__}; must be a torch.Tensor")
+    _check_dtype(input)
+    _check_activation(activation, activations)
+    if norm is None:
+        return
+    if input.dim() < 2:
+        raise ValueError(f"input: shape {tuple(input.shape)}; expected (N, C, *)")
+    check_norm_of(norm, input.shape[1], input.numel() // max(1, input.shape[1]), input)
+
+
+def check_norm_of(norm: Any, channels: int, values: int, like: Tensor) -> None:
+    """Refuse what cannot normalise so many channels of so many values each, of the dtype and device of `like`."""
+    absent = norm.running_mean is None
+    if absent != (norm.running_var is None) or (absent and not norm.batch_stats):
+        missing = "running_mean" if absent else "running_var"
+        raise ValueError(f"{missing}: None; without training both running_mean and running_var are needed, else none")
+    if norm.batch_stats and channels and values == 1:
+        raise ValueError("input: expected more than 1 value per channel when training")
+    if norm.batch_stats and norm.momentum is None and norm.batches is None and norm.running_mean is not None:
+        raise TypeError("momentum: None; must be a number where no batches are counted")
+    allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        given = getattr(norm, name)
+        if given is None:
+            continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: {type(given).__name__}; must be a torch.Tensor")
+        if given.shape != (channels,):
+            raise ValueError(f"{name}: shape {tuple(given.shape)}; expected (C,) = ({channels},)")
+        if given.dtype not in allowed:
+            raise TypeError(f"{name}: dtype {given.dtype}; allowed are {', '.join(sorted(map(str, allowed)))}")
+        if given.device != like.device:
+            raise ValueError(f"{name}: on {given.device}; must be on input's device, {like.device}")
+
+
+def check_linear_chain(input: Tensor, layers: Sequence[Any], activations: Collection[str | None]) -> None:
+    """Refuse what a chain of layers (`Layer`) cannot compute, naming the argument.
 
     input (*, in_features), weight (out_features, in_features), bias (out_features,) or None: of one floating dtype, on
     one device. Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or activation.
     """
-    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
+    _check_dtype(input)
     features = input.shape[-1] if input.dim() else None
-    for weight, bias, activation in layers:
-        if activation not in activations:
-            raise ValueError(f"activation: {activation!r}; allowed are {', '.join(map(repr, activations))}")
+    for weight, bias, activation, norm, _ in layers:
+        _check_activation(activation, activations)
         if weight.dim() != 2:
             raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (out_features, in_features)")
         if features != weight.shape[1]:
@@ -137,6 +193,8 @@ def check_linear_chain(
             if parameter.device != input.device:
                 raise ValueError(f"{name}: on {parameter.device}; must be on input's device, {input.device}")
         features = weight.shape[0]
+        if norm is not None:
+            check_norm_of(norm, features, len(input), input)
 
 
 def check_addressable(*tensors: Tensor) -> None:
@@ -199,6 +257,8 @@ def _specialization_of(arg: Any) -> Any:
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg < 2**31
+    if isinstance(arg, float):
+        return float
     if isinstance(arg, tuple):
         return specialization(arg)
     return None if arg is None else (arg.base.dtype, *arg.block_shape)

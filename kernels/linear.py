@@ -7,24 +7,30 @@
 where dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .activation import ACTIVATIONS, identity
+from .activation import ACTIVATIONS, functions_of_preact, identity
+from .batch_norm import norm_args
 from .epilogue import (
     Epilogue,
     bias_act,
     bias_act_bitmask,
     bias_act_preact,
+    bias_moments,
+    bias_norm_act,
     bitmask_width,
     dact_bitmask,
     dact_saved,
+    dnorm,
 )
-from .gemm import IDENTITY, gemm
-from .tile import load_tile, store_tile
+from .gemm import IDENTITY, Unreduced, gemm
+from .tile import TRITON_DTYPES, load_tile, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -85,6 +91,56 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
     return outputs
 
 
+def linear_fwd_moments(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """x w^T + b, and of its columns what `moments.merge_partial_moments` takes: partial results and rows of each."""
+    z = x.new_empty(x.shape[0], w.shape[0])
+    sums = gemm("linear_fwd", x, w.t(), z, Epilogue(bias_moments, (b,), (TRITON_DTYPES[x.dtype],), True, True))
+    assert sums is not None
+    return z, *sums
+
+
+def _linear_fwd_norm_outputs(x: Tensor, w: Tensor, *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], w.shape[0])]
+
+
+@launch.operator(_linear_fwd_norm_outputs)
+def linear_fwd_norm(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> list[Tensor]:
+    """[act(u)], u = (x w^T + b - mean) / sqrt(var + eps) norm_weight + norm_bias: normalised in the epilogue."""
+    (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
+    norm = norm_args(mean, var, norm_weight, norm_bias, eps)
+    gemm("linear_fwd", x, w.t(), y, Epilogue(bias_norm_act, (b, norm), functions_of_preact(activation), heavy=True))
+    return outputs
+
+
+def linear_dgrad_norm(
+    dz: Tensor,
+    w: Tensor,
+    x: Tensor,
+    norm: tuple[Any, ...] | None,
+    dropout: tuple[Any, ...] | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """du of the block below, act'(u) dropout'(dz w), where it normalised x (M, K), and partial sums of du and du xhat.
+
+    What `batch_norm.merge_grad_sums` and `batch_norm.batch_norm_bwd` go on with; no sums without `norm`.
+    """
+    du = dz.new_empty(dz.shape[0], w.shape[1])
+    args = (x, x.stride(0), norm, dropout, *(() if norm else (None,)))
+    fns = functions_of_preact(activation)
+    sums = gemm("linear_dgrad", dz, w, du, Epilogue(dnorm, args, fns, heavy=True, column_sums=norm is not None))
+    return du, None if sums is None else sums[0]
+
+
 def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     dw = dz.new_empty(dz.shape[1], x.shape[1])
     return [dw, dz.new_empty(dz.shape[1])] if bias else [dw]
@@ -93,8 +149,13 @@ def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
 @launch.operator(_linear_wgrad_outputs)
 def linear_wgrad(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
     """[dz^T x] or, with `bias`, [dz^T x, dz^T 1] from one pass. dz (M, N), x (M, K)."""
+    return linear_wgrad_unreduced(dz, x, bias, None)
+
+
+def linear_wgrad_unreduced(dz: Tensor, x: Tensor, bias: bool, unreduced: list[Unreduced] | None) -> list[Tensor]:
+    """`linear_wgrad`, whose results wait for `gemm.reduce_splits` where it notes them in `unreduced`."""
     dw, *db = outputs = _linear_wgrad_outputs(dz, x, bias)
-    gemm("linear_wgrad", dz.t(), x, dw, row_sum=db[0] if db else None)
+    gemm("linear_wgrad", dz.t(), x, dw, row_sum=db[0] if db else None, unreduced=unreduced)
     return outputs
 
 
@@ -129,8 +190,7 @@ def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
     launch.launch(
         _activation_bwd_kernel, -(-M // block_m) * -(-N // block_n), dy.device,
         dy, dz, dact.args, M, N, *dy.stride(),
-        DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=tl.float64 if dy.dtype == torch.float64 else tl.float32,
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=triton_acc_dtype(dy.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("activation_bwd", 0, (dy, saved, dz))
     return outputs

@@ -6,12 +6,30 @@ beyond an edge read as zero and are not written.
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
+import torch
 import triton
 import triton.language as tl
 
 from . import launch
 
 INTERPRET = tl.constexpr(launch.INTERPRET)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of this type are accumulated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_acc_dtype(dtype: torch.dtype) -> tl.dtype:
+    return TRITON_DTYPES[acc_dtype(dtype)]
+
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit
@@ -36,11 +54,18 @@ def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter truncates float32 to bfloat16; round to nearest even first, as the GPU does.
+        # The interpreter truncates float32 to bfloat16; round to nearest even first, as the GPU does. It also makes
+        # something of the bits that it should drop, if nothing else is left.
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x as it will be read back once it is stored in the type."""
+    return cast(x, dtype).to(x.dtype)
 
 
 @triton.jit

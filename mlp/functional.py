@@ -9,92 +9,22 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch
-from . import reference
+from . import chain, reference
+from .chain import DropoutFunction, Kept, Layer, block_again, differentiable_grads
+from .reference import Norm
 
 if launch.HAS_TRITON:
-    from ..kernels.activation import ACTIVATIONS
-    from ..kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
-
-Layer = tuple[Tensor, Tensor | None, str | None]
-
-
-def _forward_walk(input: Tensor, layers: Sequence[Layer], save: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Every layer's output, and what each activation keeps for its derivative."""
-    postacts = [input]
-    saved: list[Tensor | None] = []
-    for weight, bias, activation in layers:
-        postact, *extra = linear_fwd(postacts[-1], weight, bias, activation, save)
-        postacts.append(postact)
-        keeps_postact = activation is not None and ACTIVATIONS[activation].saves == "postact"
-        saved.append(extra[0] if extra else postact if keeps_postact else None)
-    return postacts[1:], saved
+    from ..kernels.batch_norm import batch_norm_bwd, batch_norm_bwd_sums, batch_norm_fwd
+    from ..kernels.moments import column_moments
+    from ..kernels.random import draw_seeds
 
 
-class LinearFunction(torch.autograd.Function):
-    """One or several linear layers, each with its activation, on a matrix of rows, as one autograd node.
+def linear_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False) -> Tensor:
+    """Linear layers, each with the normalisation, activation and dropout that follow it, as one autograd node.
 
-    Forward, for layer l with input M_{l-1}: M_l = act_l(M_{l-1} W_l^T + b_l). Backward, with dZ_l the gradient of the
-    preactivation: dW_l = dZ_l^T M_{l-1}, db_l = dZ_l^T 1, and dZ_{l-1} = (dZ_l W_l) * act_{l-1}' in one launch.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, activations: tuple[str | None, ...], *params: Tensor | None) -> Tensor:
-        layers = list(zip(params[::2], params[1::2], activations, strict=True))
-        postacts, saved = _forward_walk(input, layers, save=True)  # pyright: ignore[reportArgumentType]
-        ctx.activations = activations
-        ctx.save_for_backward(input, *params, *postacts[:-1], *saved)
-        return postacts[-1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        depth = len(ctx.activations)
-        input, *rest = ctx.saved_tensors
-        params, postacts, saved = rest[: 2 * depth], rest[2 * depth : -depth], rest[-depth:]
-        input_needs, _, *params_need = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad_output, input, params)
-
-        inputs = [input, *postacts]
-        # Layer l's dZ is wanted by its own parameters and by everything below it.
-        lowest = 0 if input_needs else next(i for i, need in enumerate(params_need) if need) // 2
-        grads: list[Tensor | None] = [None] * (2 * depth)
-        grad = grad_output
-        if (last := ctx.activations[-1]) is not None:
-            (grad,) = activation_bwd(grad, last, saved[-1])
-        for layer in range(depth - 1, lowest - 1, -1):
-            weight_needs, bias_needs = params_need[2 * layer : 2 * layer + 2]
-            if weight_needs:
-                grads[2 * layer : 2 * layer + 2] = [*linear_wgrad(grad, inputs[layer], bias_needs), None][:2]
-            elif bias_needs:
-                grads[2 * layer + 1] = grad.sum(0)
-            if layer > lowest:
-                (grad,) = linear_dgrad(grad, params[2 * layer], ctx.activations[layer - 1], saved[layer - 1])
-            elif input_needs:
-                (grad,) = linear_dgrad(grad, params[0])
-        return grad if input_needs else None, None, *grads
-
-
-def _differentiable_backward(
-    ctx: Any, grad_output: Tensor, input: Tensor, params: list[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of the inputs: autograd enables grad mode here exactly under create_graph."""
-    # Views, so that one tensor given twice gets a gradient for each place.
-    leaves = [t if t is None else t.view_as(t) for t in (input, *params)]
-    layers = list(zip(leaves[1::2], leaves[2::2], ctx.activations, strict=True))
-    with torch.autocast(input.device.type, enabled=False):
-        output = reference.linear_chain(leaves[0], layers)  # pyright: ignore[reportArgumentType]
-    input_needs, _, *params_need = ctx.needs_input_grad
-    wanted = [leaf for leaf, need in zip(leaves, (input_needs, *params_need), strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))  # pyright: ignore
-    input_grad, *param_grads = [next(found) if need else None for need in (input_needs, *params_need)]
-    return input_grad, None, *param_grads
-
-
-def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """Linear layers, each (weight, bias, activation), one after the other, as one autograd node.
-
-    input (*, in_features) and every weight (out_features, in_features) and bias (out_features,) have one floating dtype
-    and device; under torch.autocast they are cast to its dtype. Returns (*, out_features of the last layer).
+    input (*, in_features), (N, in_features) if a layer normalises, and every weight (out_features, in_features) and
+    bias (out_features,) have one floating dtype and device; under torch.autocast they are cast to its dtype. Returns
+    (*, out_features of the last layer). recompute: keep less for backward, and compute it again there.
 
     Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
     """
@@ -102,18 +32,31 @@ def linear_chain(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     kind = input.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         input = _autocast(input)
-        layers = [(_autocast(weight), None if bias is None else _autocast(bias), act) for weight, bias, act in layers]
+        layers = [
+            each._replace(weight=_autocast(each.weight), bias=None if each.bias is None else _autocast(each.bias))
+            for each in layers
+        ]
     launch.check_linear_chain(input, layers, reference.ACTIVATIONS)
-    params = [t for weight, bias, _ in layers for t in (weight, bias)]
-    if launch.explain(input, *params).backend == "torch":
-        return reference.linear_chain(input, layers)
+    served = launch.explain(input, *(t for layer in layers for t in (layer.weight, layer.bias))).backend == "triton"
+    # A compiler sees an operator for each pass; what the fused ones work on has shapes that depend on their tiles.
+    if not served or (torch.compiler.is_compiling() and not all(layer.plain for layer in layers)):
+        return _layer_by_layer(input, layers, served)
 
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
-        output = LinearFunction.apply(rows, tuple(act for *_, act in layers), *params)
-    else:
-        output = _forward_walk(rows, layers, save=False)[0][-1]
-    return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)  # pyright: ignore
+    output = chain.run_chain(rows, layers, recompute)
+    return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
+
+
+def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool) -> Tensor:
+    for layer in layers:
+        product = layer if layer.plain else Layer(layer.weight, layer.bias)
+        if served:
+            input = linear_chain(input, [product])
+        else:
+            input = reference.linear(input, product.weight, product.bias, product.activation)
+        if not layer.plain:
+            input = norm_act_dropout(input, layer.norm, layer.activation, layer.p)
+    return input
 
 
 def _autocast(t: Tensor) -> Tensor:
@@ -131,9 +74,164 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
     """
-    return linear_chain(input, [(weight, bias, activation)])
+    return linear_chain(input, [Layer(weight, bias, activation)])
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(input weight^T + bias): `linear` with activation "relu"."""
     return linear(input, weight, bias, "relu")
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """Zero each element with probability p and multiply the others by 1 / (1 - p); without `training`, do nothing.
+
+    input: any shape, floating dtype. Which elements depends on torch's generator of the input's device, from which one
+    seed is drawn, and on an element's place; nothing is stored for backward but the seed.
+
+    Raises ValueError if p is not in [0, 1].
+    """
+    launch.check_probability(p)
+    if not training or p == 0:
+        return input
+    if launch.explain(input, product=False).backend == "torch":
+        return torch.nn.functional.dropout(input, p)
+    if p == 1:
+        return input * 0
+    (seed,) = draw_seeds(1, input.device)
+    rows = input.reshape(-1, input.shape[-1] if input.dim() > 1 else input.numel())
+    return DropoutFunction.apply(rows, seed, p).view(input.shape)  # pyright: ignore
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(input - mean) / sqrt(var + eps) * weight + bias, of each channel (Ioffe and Szegedy 2015).
+
+    input (N, C, *), of float32, float16, bfloat16 or float64; running_mean, running_var, weight, bias (C,) or None, in
+    float32 beside 16-bit input or in its dtype. training: mean and (biased) variance are the batch's, and running_mean
+    and running_var move on by momentum, in place, to it and to the unbiased variance; else they are the running ones.
+
+    Raises ValueError for a wrong shape or device and for one value per channel in training, TypeError for a wrong
+    dtype.
+    """
+    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    return norm_act_dropout(input, norm, None, 0.0)
+
+
+def batch_norm_act_dropout(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "relu",
+    p: float = 0.0,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """dropout(act(batch_norm(input))) in one pass over the input after its statistics, and so backward.
+
+    Arguments as of `batch_norm`, `linear` and `dropout`, and so are the errors.
+    """
+    launch.check_probability(p)
+    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    return norm_act_dropout(input, norm, activation, p if training else 0.0)
+
+
+def norm_act_dropout(input: Tensor, norm: Norm | None, activation: str | None, p: float) -> Tensor:
+    """`batch_norm_act_dropout` of a layer here and now: drops whatever the mode, counts the batch if told to."""
+    tensors = norm[:5] if norm is not None else ()
+    launch.check_norm(input, norm, activation, reference.ACTIVATIONS)
+    if p == 1 or launch.explain(input, *tensors, product=False).backend == "torch":
+        return reference.block(input, norm, activation, p)
+    rows = input.movedim(1, -1)
+    output = _norm_act_dropout_rows(rows.reshape(-1, rows.shape[-1]), norm, activation, p)
+    return output.view(rows.shape).movedim(-1, 1)
+
+
+def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float) -> Tensor:
+    (seed,) = draw_seeds(1, rows.device) if p else (None,)
+    if norm is None:
+        return NormActDropoutFunction.apply(rows, None, None, None, None, seed, 0.0, activation, p, False)  # pyright: ignore
+    mean, var = norm.running_mean, norm.running_var
+    if norm.batch_stats:
+        if torch.compiler.is_compiling():
+            mean, var = column_moments(rows.detach(), None, None, None, 0.0)
+            _move_averages(norm, mean, var, len(rows))
+        else:
+            mean, var = column_moments(rows.detach(), *chain.count_batch(norm))
+    return NormActDropoutFunction.apply(  # pyright: ignore[reportReturnType]
+        rows, mean, var, norm.weight, norm.bias, seed, norm.eps, activation, p, norm.batch_stats
+    )
+
+
+def _move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: int) -> None:
+    """What the kernels do to running averages, by operations that a compiler sees through."""
+    share: Any = norm.momentum
+    if norm.batches is not None:
+        norm.batches.add_(1)
+        share = 1 / norm.batches if share is None else share
+    for running, new in ((norm.running_mean, mean), (norm.running_var, var * (rows / (rows - 1)))):
+        if running is not None:
+            running.copy_((1 - share) * running + share * new)
+
+
+class NormActDropoutFunction(torch.autograd.Function):
+    """dropout(act((input - mean) / sqrt(var + eps) weight + bias)) of a matrix, given the statistics.
+
+    With batch_stats, mean and var are input's own, and its gradient is that through them as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        eps: float,
+        activation: str | None,
+        p: float,
+        batch_stats: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input, mean, var, weight, bias, seed)
+        ctx.options = eps, activation, p, batch_stats
+        return batch_norm_fwd(input, mean, var, weight, bias, eps, activation, p, seed)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, mean, var, weight, bias, seed = ctx.saved_tensors
+        eps, activation, p, batch_stats = ctx.options
+        input_needs, weight_needs, bias_needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            again = Kept(None, input, mean, var, seed)
+            norm = None if mean is None else Norm(None, None, None, None, None, batch_stats, eps=eps)
+            layer = Layer(None, None, activation, norm, p)  # pyright: ignore[reportArgumentType]
+            wanted = input_needs, weight_needs, bias_needs
+            dx, dweight, dbias = differentiable_grads(
+                grad_output, (input, weight, bias), wanted, lambda x, *affine: block_again(x, layer, affine, again)
+            )
+            return dx, None, None, dweight, dbias, *(None,) * 5
+
+        norm, tail = (mean, var, weight, bias, eps), (activation, p, seed)
+        sums = None
+        params = iter(())
+        if mean is not None and (batch_stats or weight_needs or bias_needs):
+            sums, *grads = batch_norm_bwd_sums(grad_output, input, *norm, *tail)
+            params = iter(grads)
+        dweight, dbias = (None if t is None else next(params, None) for t in (weight, bias))
+        dx = None
+        if input_needs:
+            (dx,) = batch_norm_bwd(grad_output, input, *norm, sums if batch_stats else None, *tail)
+        return dx, None, None, dweight if weight_needs else None, dbias if bias_needs else None, *(None,) * 5

@@ -1,4 +1,6 @@
 """MLP: the Sequential a person would write, run as fused layers wherever nobody can tell."""
+# pyright: reportPossiblyUnboundVariable=false
+# (kernels are called only where launch.explain has found Triton)
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
+from ..kernels import launch
 from . import functional as F
 from . import reference
-from .modules import Linear
+from .chain import Layer
+from .modules import BatchNorm1d, Dropout, Linear, norm_of
+
+if launch.HAS_TRITON:
+    from ..kernels.random import drawn_at_once
 
 Init = Literal["auto", "he", "xavier", "orthogonal", "torch"]
 
@@ -114,11 +121,11 @@ class MLP(nn.Sequential):
         for fan_in, fan_out in zip(fans_in, hidden_features, strict=True):
             self.append(Linear(fan_in, fan_out, bias, device, dtype))
             if batch_norm:
-                self.append(nn.BatchNorm1d(fan_out, device=device, dtype=dtype))
+                self.append(BatchNorm1d(fan_out, device=device, dtype=dtype))
             if activation is not None:
                 self.append(ACTIVATION_MODULES[activation]())
             if dropout:
-                self.append(nn.Dropout(dropout))
+                self.append(Dropout(dropout))
         self.append(Linear(last, out_features, bias, device, dtype))
         for layer in self:
             if isinstance(layer, nn.Linear):
@@ -130,8 +137,12 @@ class MLP(nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.checkpoint or not torch.is_grad_enabled():
-            return run_fused(list(self), input)
+        by_kernels = not torch.compiler.is_compiling() and launch.explain(input, product=False).backend == "triton"
+        recomputes = self.checkpoint and torch.is_grad_enabled()
+        if not recomputes or (by_kernels and launch.explain(input, *self.parameters()).backend == "triton"):
+            dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in self)
+            with drawn_at_once(dropping, input.device) if by_kernels and dropping else nullcontext():
+                return run_fused(list(self), input, recomputes)
         for block in _hidden_blocks(list(self)):
             if len(block) == 1:
                 input = run_fused(block, input)
@@ -143,32 +154,44 @@ class MLP(nn.Sequential):
         return input
 
 
-def run_fused(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
-    """What calling the modules in turn computes, with stretches of plain linear layers and activations fused."""
-    layers: list[F.Layer] = []
+def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+    """What calling the modules in turn computes, with stretches of linear layers and what follows them fused.
+
+    recompute: keep less of those stretches for backward, and compute it again there.
+    """
+    layers: list[Layer] = []
     one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
     position = 0
     while position < len(modules):
-        module = modules[position]
-        position += 1
-        if not isinstance(module, nn.Linear) or not _is_plain(module):
-            input = module(_run_layers(input, layers))
-            layers = []
-            continue
-        activation = None
-        if position < len(modules) and _is_plain(modules[position]):
-            activation = activation_name(modules[position])
-            position += activation is not None
-        layers.append((module.weight, module.bias, activation))
-        if one_node_per_layer:
+        layer, count = _layer_at(modules, position, input.dim())
+        position += count
+        if layer is not None:
+            layers.append(layer)
+        if layer is None or one_node_per_layer:
             # So that gradients become ready, and are reduced, layer by layer.
-            input = _run_layers(input, layers)
+            input = F.linear_chain(input, layers, recompute) if layers else input
             layers = []
-    return _run_layers(input, layers)
+        if layer is None:
+            input = modules[position - 1](input)
+    return F.linear_chain(input, layers, recompute) if layers else input
 
 
-def _run_layers(input: Tensor, layers: list[F.Layer]) -> Tensor:
-    return F.linear_chain(input, layers) if layers else input
+def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
+    """The layer that begins at a position, and of how many modules it is made; no layer, and one, if none does."""
+    linear = modules[position]
+    if not isinstance(linear, nn.Linear) or not _is_plain(linear):
+        return None, 1
+    layer = Layer(linear.weight, linear.bias)
+    rest = iter([module if _is_plain(module) else None for module in modules[position + 1 : position + 4]])
+    count, following = 1, next(rest, None)
+    # Of 3-D input a BatchNorm1d normalises the columns of other matrices.
+    if isinstance(following, nn.BatchNorm1d) and dims == 2:
+        layer, count, following = layer._replace(norm=norm_of(following)), count + 1, next(rest, None)
+    if following is not None and (name := activation_name(following)):
+        layer, count, following = layer._replace(activation=name), count + 1, next(rest, None)
+    if isinstance(following, Dropout) and following.p < 1:
+        layer, count = layer._replace(p=following.p if following.training else 0.0), count + 1
+    return layer, count
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -184,7 +207,11 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 _NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
 _FORWARDS = {
-    kind: kind.forward for kind in (Linear, nn.Linear, *(type(make()) for make in ACTIVATION_MODULES.values()))
+    kind: kind.forward
+    for kind in (
+        *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, Dropout),
+        *(type(make()) for make in ACTIVATION_MODULES.values()),
+    )
 }
 
 

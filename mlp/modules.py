@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
+from .reference import Norm
 
 
 class Linear(torch.nn.Linear):
@@ -22,3 +23,41 @@ class LinearReLU(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu(input, self.weight, self.bias)
+
+
+class Dropout(torch.nn.Dropout):
+    """torch.nn.Dropout with nothing stored: see `functional.dropout`. `inplace` is accepted and computed out of place.
+
+    Input of any shape. Raises ValueError if p is not in [0, 1].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training)
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d on the fused kernels: see `functional.batch_norm`.
+
+    Input (N, C) or (N, C, L); weight, bias, running_mean, running_var (C,), num_batches_tracked (). With momentum None
+    the running averages are over all batches, without a wait for the device. Raises what `functional.batch_norm` does.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return F.norm_act_dropout(input, norm_of(self), None, 0.0)
+
+
+def norm_of(module: torch.nn.BatchNorm1d) -> Norm:
+    """What the module does to its next input."""
+    tracks = module.training and module.track_running_stats
+    known = tracks or not module.training
+    return Norm(
+        module.weight,
+        module.bias,
+        module.running_mean if known else None,
+        module.running_var if known else None,
+        module.num_batches_tracked if tracks else None,
+        module.training or (module.running_mean is None and module.running_var is None),
+        module.momentum,
+        module.eps,
+    )

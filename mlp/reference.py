@@ -1,7 +1,8 @@
 """The plain PyTorch definition of every operation: the CPU path, the second derivatives and the tests' oracle."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,45 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
 
 
-def linear_chain(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, str | None]]) -> Tensor:
-    """Linear layers, each (weight, bias, activation), one after the other."""
-    for weight, bias, activation in layers:
-        input = linear(input, weight, bias, activation)
-    return input
+class Norm(NamedTuple):
+    """Batch normalisation here and now.
+
+    weight, bias, running_mean, running_var: (C,) or None; batches: number of batches seen, () int64, or None.
+    batch_stats: normalise by the statistics of the batch, and move the running ones, if there are any, on by momentum
+    (None: average over all batches); else by the running ones.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None = None
+    batch_stats: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+
+def normalize(input: Tensor, norm: Norm) -> Tensor:
+    """torch.nn.functional.batch_norm of input (N, C, *); counts the batch."""
+    momentum = norm.momentum
+    if norm.batch_stats and norm.batches is not None:
+        norm.batches.add_(1)
+        if momentum is None:
+            momentum = 1 / float(norm.batches)
+    return F.batch_norm(
+        input,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.batch_stats,
+        momentum,  # pyright: ignore[reportArgumentType]
+        norm.eps,
+    )
+
+
+def block(input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0) -> Tensor:
+    """What follows a linear layer: dropout(act(norm(input))), dropping whatever the mode."""
+    normalized = input if norm is None else normalize(input, norm)
+    output = ACTIVATIONS[activation](normalized)
+    return F.dropout(output, p) if p else output

@@ -51,8 +51,13 @@ def test_a_plain_net_is_one_autograd_node(net, x, kernels):
     assert linear_nodes(net(x)) == 1
 
 
-def test_other_modules_part_the_chain(x, device, kernels):
-    assert linear_nodes(MLP(IN, HIDDEN, OUT, batch_norm=True, device=device)(x)) == 3
+def test_other_modules_part_the_chain(net, x, kernels):
+    net[1] = nn.Sequential(net[1])
+    assert linear_nodes(net(x)) == 2
+
+
+def test_a_net_with_batch_norm_and_dropout_is_one_autograd_node(x, device, kernels):
+    assert linear_nodes(MLP(IN, HIDDEN, OUT, batch_norm=True, dropout=0.1, device=device)(x)) == 1
 
 
 def test_inference_keeps_nothing(net, x, kernels):
@@ -394,4 +399,9 @@ def test_a_compiled_step_is_the_eager_step(arguments, x, device, backend):
     twin = copy.deepcopy(net)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, step(compiled, x), step(net, x)))
+    for ours, eager in zip(step(compiled, x), step(net, x), strict=True):
+        if "batch_norm" in arguments:
+            # Statistics that a product's epilogue takes are merged from other tiles.
+            torch.testing.assert_close(ours, eager)
+        else:
+            assert torch.equal(ours, eager)

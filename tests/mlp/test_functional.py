@@ -5,6 +5,7 @@ import torch
 from fusemlp.kernels import cost, launch
 from fusemlp.mlp import functional as F
 from fusemlp.mlp import reference
+from fusemlp.mlp.chain import Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
@@ -52,7 +53,7 @@ def test_gradgradcheck(activation, kernels, device):
 
 
 def chain(x, w1, b1, w2, b2, w3):
-    return F.linear_chain(x, [(w1, b1, "relu"), (w2, b2, "tanh"), (w3, None, None)])
+    return F.linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2, "tanh"), Layer(w3)])
 
 
 CHAIN_SHAPES = [(6, 5), (7, 5), (7,), (4, 7), (4,), (3, 4)]
@@ -107,11 +108,11 @@ def test_frozen_tensors_cost_nothing(frozen, expected, kernels, device):
     for name in frozen.split():
         named[name].requires_grad_(False)
     x, w1, b1, w2, b2 = named.values()
-    y = F.linear_chain(x, [(w1, b1, "relu"), (w2, b2, None)])
+    y = F.linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2)])
     with cost.ledger() as ledger:
         y.sum().backward()
     assert [entry.name.removeprefix("linear_") for entry in ledger.launches] == expected
-    z = reference.linear_chain(x, [(w1, b1, "relu"), (w2, b2, None)])
+    z = reference.linear(reference.linear(x, w1, b1, "relu"), w2, b2)
     wanted = [t for t in named.values() if t.requires_grad]
     for ours, torchs in zip((t.grad for t in wanted), torch.autograd.grad(z.sum(), wanted), strict=True):
         torch.testing.assert_close(ours, torchs)
