@@ -24,8 +24,8 @@ from . import cost, launch
 from .activation import functions_of_preact
 from .config import pointwise_block, row_splits
 from .dropout import Dropout, drop
-from .moments import MERGE_BLOCK, store_partial, store_rounded
-from .tile import acc_dtype, load_tile, store_tile, triton_acc_dtype
+from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
+from .tile import load_tile, store_tile, triton_acc_dtype
 
 
 @triton.jit
@@ -93,14 +93,15 @@ def _grad_sums_kernel(
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    du_sum = tl.zeros((BLOCK_N,), ACC_DTYPE)
-    du_xhat_sum = tl.zeros((BLOCK_N,), ACC_DTYPE)
+    # A column at a time: float64 costs nothing here.
+    du_sum = tl.zeros((BLOCK_N,), tl.float64)
+    du_xhat_sum = tl.zeros((BLOCK_N,), tl.float64)
     for row in range(begin, end, BLOCK_M):
         dy = load_tile(dy_ptr, row, col, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, ALIGNED)
-        du_sum += tl.sum(du, axis=0)
-        du_xhat_sum += tl.sum(du * xhat, axis=0)
+        du_sum += column_sums(du)
+        du_xhat_sum += column_sums(du * xhat)
     store_partial(partial_ptr, du_sum, du_xhat_sum, split, splits, col, N, BLOCK_N)
 
 
@@ -197,12 +198,12 @@ def batch_norm_fwd(
 
 
 def merge_grad_sums(partial: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """[sums (2, N), dweight, dbias] from partial (2, splits, N): sums of du and du xhat over row ranges.
+    """[sums (2, N) float64, dweight, dbias] from partial (2, splits, N): sums of du and du xhat over row ranges.
 
     The parameters' gradients are left out where there is no parameter.
     """
     _, splits, N = partial.shape
-    sums = partial.new_empty(2, N)
+    sums = partial.new_empty(2, N, dtype=torch.float64)
     dweight, dbias = (None if parameter is None else torch.empty_like(parameter) for parameter in (weight, bias))
     launch.launch(
         _merge_grad_sums_kernel, -(-N // MERGE_BLOCK["BLOCK_N"]), partial.device,
@@ -224,10 +225,8 @@ def _batch_norm_bwd_sums_outputs(
     p: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    return [
-        x.new_empty(2, x.shape[1], dtype=acc_dtype(x.dtype)),
-        *(torch.empty_like(t) for t in (weight, bias) if t is not None),
-    ]
+    sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    return [sums, *(torch.empty_like(t) for t in (weight, bias) if t is not None)]
 
 
 @launch.operator(_batch_norm_bwd_sums_outputs)
@@ -249,7 +248,7 @@ def batch_norm_bwd_sums(
     block_m, block_n = pointwise_block(N)
     rows_per_split = row_splits(M, N, launch.num_sms(x.device))
     splits = -(-M // rows_per_split)
-    partial = x.new_empty(2, splits, N, dtype=acc_dtype(x.dtype))
+    partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _grad_sums_kernel, splits * -(-N // block_n), x.device,
         dy, x, partial, norm_args(mean, var, weight, bias, eps), dropout_args(p, seed), M, N, splits, rows_per_split,

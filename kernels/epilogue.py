@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import normalize, normalized_grad
-from .moments import store_partial, tile_moments
+from .moments import column_sums, store_partial, tile_moments
 from .tile import cast, rounded, tile_pointers
 
 
@@ -185,6 +185,6 @@ def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.con
     du, xhat = normalized_grad(acc, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, True)
     if partial_ptr is not None:
         stored = rounded(du, x_ptr.dtype.element_ty)
-        du_sum, du_xhat_sum = tl.sum(stored, axis=0), tl.sum(stored * xhat, axis=0)
+        du_sum, du_xhat_sum = column_sums(stored), column_sums(stored * xhat)
         store_partial(partial_ptr, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
     return du

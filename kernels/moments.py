@@ -12,7 +12,16 @@ from torch import Tensor
 
 from . import cost, launch
 from .config import pointwise_block, row_splits
-from .tile import acc_dtype, cast, load_tile, triton_acc_dtype
+from .tile import INTERPRET, acc_dtype, cast, load_tile, triton_acc_dtype
+
+
+@triton.jit
+def column_sums(x):
+    """Sums of a tile over its rows, [BLOCK_N], in float64."""
+    if INTERPRET:
+        # It adds row after row, which rounds more than a GPU's tree.
+        x = x.to(tl.float64)
+    return tl.sum(x, axis=0).to(tl.float64)
 
 
 @triton.jit
@@ -20,11 +29,11 @@ def tile_moments(x, count, BLOCK_M: tl.constexpr):
     """Mean and sum of squared deviations of the first `count` rows, in two passes over registers, each [BLOCK_N]."""
     inside = (tl.arange(0, BLOCK_M) < count)[:, None]
     n = count.to(x.dtype)
-    mean = tl.sum(tl.where(inside, x, 0.0), axis=0) / n
+    mean = column_sums(tl.where(inside, x, 0.0)).to(x.dtype) / n
     deviation = tl.where(inside, x - mean[None, :], 0.0)
     # What rounding the mean left over.
-    residual = tl.sum(deviation, axis=0) / n
-    return mean + residual, tl.sum(deviation * deviation, axis=0) - n * residual * residual
+    residual = column_sums(deviation).to(x.dtype) / n
+    return mean + residual, column_sums(deviation * deviation).to(x.dtype) - n * residual * residual
 
 
 @triton.jit

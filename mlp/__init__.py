@@ -1,6 +1,7 @@
 """Drop-in modules and the MLP."""
 
+from .fold import fold_batch_norm
 from .model import MLP
 from .modules import BatchNorm1d, Dropout, Linear, LinearReLU
 
-__all__ = ["MLP", "BatchNorm1d", "Dropout", "Linear", "LinearReLU"]
+__all__ = ["MLP", "BatchNorm1d", "Dropout", "Linear", "LinearReLU", "fold_batch_norm"]

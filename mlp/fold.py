@@ -1,0 +1,74 @@
+"""Batch normalisation that is over and done with, folded into the linear layer before it."""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_weights
+
+CHECKED_ROWS = 64
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """A copy of the module, for evaluation, without the BatchNorm1d that follow a Linear in a Sequential (or MLP).
+
+    Of Linear (w, b) and BatchNorm1d (running mean m and variance v, weight g, bias s) a Linear remains, with weight
+    g w / sqrt(v + eps) and bias g (b - m) / sqrt(v + eps) + s, computed in float64. Normalisations without running
+    statistics, pairs that hooks or parametrizations watch, and layers used in several places stay as they are.
+
+    Each pair and what is left of it are compared on normal numbers: RuntimeError if they differ in more than half of
+    the digits. Raises ValueError if the module is in training mode.
+    """
+    if any(child.training for child in module.modules()):
+        raise ValueError("module: in training mode; call eval() first: folding fixes the running statistics")
+    folded = copy.deepcopy(module)
+    uses = Counter(id(child) for parent in folded.modules() for child in parent._modules.values())
+    for sequential in [each for each in folded.modules() if isinstance(each, nn.Sequential)]:
+        for position in reversed(range(len(sequential) - 1)):
+            linear, norm = sequential[position], sequential[position + 1]
+            if _foldable(linear, norm) and uses[id(linear)] == uses[id(norm)] == 1:
+                sequential[position] = _fold(linear, norm)  # pyright: ignore[reportArgumentType]
+                del sequential[position + 1]
+    return folded
+
+
+def _foldable(linear: nn.Module, norm: nn.Module) -> bool:
+    return (
+        isinstance(linear, nn.Linear)
+        and isinstance(norm, nn.BatchNorm1d)
+        and norm.running_mean is not None
+        and not any(hooks for each in (linear, norm) for hooks in (each._forward_hooks, each._forward_pre_hooks))
+        and not any(torch.nn.utils.parametrize.is_parametrized(each) for each in (linear, norm))
+    )
+
+
+@torch.no_grad()
+def _fold(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+
+    def double(t: Tensor | None, default: float) -> Tensor:
+        return (torch.full_like(mean, default) if t is None else t).double()
+
+    weight, bias = fuse_linear_bn_weights(
+        linear.weight.double(),
+        double(linear.bias, 0.0),
+        mean.double(),
+        var.double(),
+        norm.eps,
+        double(norm.weight, 1.0),
+        double(norm.bias, 0.0),
+    )
+    folded = copy.deepcopy(linear)
+    folded.weight = nn.Parameter(weight.to(linear.weight.dtype), linear.weight.requires_grad)
+    folded.bias = nn.Parameter(bias.to(linear.weight.dtype), linear.weight.requires_grad)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(CHECKED_ROWS, linear.in_features, generator=generator, device=weight.device, dtype=weight.dtype)
+    x = x.to(linear.weight.dtype)
+    expected, found = norm(linear(x)), folded(x)
+    error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    if not error <= torch.finfo(found.dtype).eps ** 0.5 * largest:
+        raise RuntimeError(f"folding {linear} and {norm} changes results of up to {largest:.3g} by {error:.3g}")
+    return folded
