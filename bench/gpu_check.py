@@ -28,7 +28,10 @@ from .results import environment
 
 SECTIONS = ("correctness", "sanitizer", "ops", "mlp")
 SECTION_SECONDS = 480
-CORRECTNESS = ("functional", "modules", "model", "chain", "recompute", "opinfo", "gpu")
+CORRECTNESS = (
+    *("functional", "modules", "model", "chain", "block", "recompute"),
+    *("batch_norm", "dropout", "fold", "opinfo", "gpu"),
+)
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not codegen"]
 # One shape per kernel and epilogue: under the sanitizer a launch takes a hundred times as long.
 RAGGED = ["tests/kernels/test_linear.py", "-k", "(forward or dgrad or activation_backward or wgrad) and bfloat16"]

@@ -193,7 +193,7 @@ def batch_norm_fwd(
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_fwd", 0, (x, y, *(norm or ())[:4]))
+    cost.report("batch_norm_fwd", 0, (x, y, seed, *(norm or ())[:4]))
     return outputs
 
 
@@ -256,7 +256,7 @@ def batch_norm_bwd_sums(
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_grad_sums", 0, (dy, x, partial))
+    cost.report("batch_norm_grad_sums", 0, (dy, x, seed, mean, var, weight, bias, partial))
     return merge_grad_sums(partial, weight, bias)
 
 
@@ -290,5 +290,5 @@ def batch_norm_bwd(
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_bwd", 0, (dy, x, dx, sums, *(norm or ())[:4]))
+    cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, *(norm or ())[:4]))
     return outputs

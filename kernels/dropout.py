@@ -81,5 +81,5 @@ def dropout(
         x, y, chosen.args(), M, N, *x.stride(),
         ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=chosen.aligned, BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("dropout", 0, (x, y))
+    cost.report("dropout", 0, (x, y, seed))
     return outputs

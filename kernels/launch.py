@@ -134,7 +134,7 @@ def check_norm(input: Any, norm: Any, activation: str | None, activations: Colle
         raise TypeError(f"input: {type(input).__name__}; must be a torch.Tensor")
     _check_dtype(input)
     _check_activation(activation, activations)
-    if norm is None:
+    if norm is None or input.numel() == 0:  # which PyTorch serves, and judges
         return
     if input.dim() < 2:
         raise ValueError(f"input: shape {tuple(input.shape)}; expected (N, C, *)")

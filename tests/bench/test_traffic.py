@@ -10,8 +10,19 @@ from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import NETS, QUICK_NETS, NetCase
 from fusemlp.bench.traffic import AtenTraffic, Ceilings, count_eager, count_floor, count_fusemlp
 from fusemlp.kernels import cost
+from fusemlp.kernels.batch_norm import batch_norm_fwd, merge_grad_sums
 from fusemlp.kernels.cost import Launch
-from fusemlp.kernels.linear import activation_bwd, linear_dgrad, linear_fwd, linear_wgrad
+from fusemlp.kernels.dropout import dropout
+from fusemlp.kernels.linear import (
+    activation_bwd,
+    linear_dgrad,
+    linear_dgrad_norm,
+    linear_fwd,
+    linear_fwd_moments,
+    linear_fwd_norm,
+    linear_wgrad,
+)
+from fusemlp.kernels.moments import column_moments
 from torch.nn import functional as F
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -143,6 +154,11 @@ def test_a_launch_takes_the_longer_of_its_transfers_and_its_arithmetic():
     assert Ceilings(bandwidth_tb_s=4, rate_tflop_s=770, launch_us=5).modelled_us(launches) == (1 + 5) + (2 + 5)
 
 
+def ones(width):
+    """Statistics and parameters of a normalisation."""
+    return torch.ones(4, width).unbind()
+
+
 def bf16(*shape):
     return torch.randn(shape, dtype=torch.bfloat16)
 
@@ -163,6 +179,15 @@ def bf16(*shape):
         pytest.param(lambda: linear_dgrad(bf16(13, 37), bf16(37, 50), "tanh", bf16(13, 50)), id="dgrad-postact"),
         pytest.param(lambda: linear_wgrad(bf16(37, 13), bf16(37, 50), True), id="wgrad"),
         pytest.param(lambda: linear_wgrad(bf16(512, 13), bf16(512, 50), True), id="wgrad-split"),
+        pytest.param(lambda: linear_fwd_moments(bf16(13, 37), bf16(50, 37), bf16(50)), id="fwd-moments"),
+        pytest.param(lambda: linear_fwd_norm(bf16(13, 37), bf16(50, 37), None, *ones(50), 1e-5, None), id="fwd-norm"),
+        pytest.param(
+            lambda: linear_dgrad_norm(bf16(13, 37), bf16(37, 50), bf16(13, 50), None, None, "relu"), id="dgrad-x"
+        ),
+        pytest.param(lambda: column_moments(bf16(30, 100), None, None, None, 0.1), id="moments"),
+        pytest.param(lambda: batch_norm_fwd(bf16(30, 100), *ones(100), 1e-5, "relu", 0.0, None), id="norm-fwd"),
+        pytest.param(lambda: merge_grad_sums(torch.ones(2, 5, 30), torch.ones(30), torch.ones(30)), id="norm-merge"),
+        pytest.param(lambda: dropout(bf16(30, 100), 0.5, torch.ones(1, dtype=torch.int64)), id="dropout"),
         pytest.param(
             lambda: activation_bwd(bf16(30, 100), "relu", torch.zeros(30, 16, dtype=torch.uint8)), id="act-bitmask"
         ),

@@ -10,8 +10,11 @@ from tolerance import assert_as_close_as_torch
 pytestmark = pytest.mark.gpu
 
 
-def net_and_input(rows=512):
-    net = MLP(256, [512, 384], 64, device="cuda", dtype=torch.bfloat16)
+NETS = {"plain": {}, "batch norm": {"batch_norm": True}, "dropout": {"batch_norm": True, "dropout": 0.1}}
+
+
+def net_and_input(rows=512, **arguments):
+    net = MLP(256, [512, 384], 64, device="cuda", dtype=torch.bfloat16, **arguments)
     return net, torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
 
 
@@ -43,8 +46,9 @@ def test_tma_main_loop_three_way(dtype, activation, kernels):
         assert_as_close_as_torch(*three, name)
 
 
-def test_a_training_step_in_a_cuda_graph():
-    net, x = net_and_input()
+@pytest.mark.parametrize("arguments", [NETS["plain"], NETS["batch norm"]], ids=["plain", "batch norm"])
+def test_a_training_step_in_a_cuda_graph(arguments):
+    net, x = net_and_input(**arguments)
     expected = gradients(net, x)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -59,8 +63,24 @@ def test_a_training_step_in_a_cuda_graph():
     assert not any(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_no_host_synchronisation():
-    net, x = net_and_input()
+def test_every_replay_of_a_cuda_graph_drops_anew():
+    x = torch.ones(512, 512, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        F.dropout(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = F.dropout(x)
+    graph.replay()
+    first = captured.clone()
+    graph.replay()
+    assert (captured != first).float().mean() > 0.4
+
+
+@pytest.mark.parametrize("arguments", NETS.values(), ids=NETS)
+def test_no_host_synchronisation(arguments):
+    net, x = net_and_input(**arguments)
     gradients(net, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -69,9 +89,14 @@ def test_no_host_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_same_bits_every_time():
-    net, x = net_and_input(65536)
-    first, second = gradients(net, x), gradients(net, x)
+@pytest.mark.parametrize("arguments", NETS.values(), ids=NETS)
+def test_same_bits_every_time(arguments):
+    net, x = net_and_input(65536, **arguments)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(gradients(net, x))
+    first, second = results
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -87,6 +112,22 @@ def test_kernels_run_on_the_current_stream():
         assert not stream.query()
         stream.synchronize()
     assert torch.equal(late, expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 65536), (65536, 64), (8192, 1024)], ids=str)
+def test_batch_norm_of_large_matrices(shape, kernels):
+    x, grad = (torch.randn(shape, device="cuda") for _ in range(2))
+
+    def run(x, grad):
+        leaf = x.detach().requires_grad_()
+        y = F.batch_norm(leaf, None, None, training=True)
+        return y, *torch.autograd.grad(y, leaf, grad)
+
+    ours = run(x, grad)
+    with launch.backend("torch"):
+        torchs, truths = run(x, grad), run(x.double(), grad.double())
+    for three in zip(ours, torchs, truths, strict=True):
+        assert_as_close_as_torch(*three)
 
 
 def test_relu_propagates_nan():

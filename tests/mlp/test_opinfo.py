@@ -25,3 +25,34 @@ def test_torchs_own_samples(backend, dtype, device):
                 continue
             ours = F.linear(sample.input, *sample.args, **sample.kwargs)
             torch.testing.assert_close(ours, op(sample.input, *sample.args, **sample.kwargs), msg=sample_ids(sample))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_torchs_own_samples_of_batch_norm(backend, dtype, device):
+    op = next(op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
+    samples = [s for s in op.sample_inputs(device, dtype, requires_grad=False) if s.input.numel() < 4096]
+    assert len(samples) > 10
+    with launch.backend(backend):
+        for sample in samples:
+            running = [None if t is None else t.clone() for t in sample.args[:2]]
+            expected = op(sample.input, *running, *sample.args[2:], **sample.kwargs)
+            moved = [None if t is None else t.clone() for t in sample.args[:2]]
+            ours = F.batch_norm(sample.input, *moved, *sample.args[2:], **sample.kwargs)
+            torch.testing.assert_close(ours, expected, msg=sample_ids(sample))
+            torch.testing.assert_close(moved, running, msg=sample_ids(sample))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torchs_own_samples_of_dropout(backend, device):
+    op = next(op for op in op_db if op.name == "nn.functional.dropout" and not op.variant_test_name)
+    samples = list(op.sample_inputs(device, torch.float32, requires_grad=False))
+    assert len(samples) > 3
+    with launch.backend(backend):
+        for sample in samples:
+            p, training = sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
+            ours = F.dropout(sample.input, p, training)
+            kept = ours != 0
+            scale = 1 / (1 - p) if training and p < 1 else 1
+            torch.testing.assert_close(ours, torch.where(kept, sample.input * scale, 0.0), msg=sample_ids(sample))
+            assert kept.all() or (training and p > 0)
