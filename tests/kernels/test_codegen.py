@@ -11,7 +11,10 @@ from fusemlp.bench.codegen import Resources
 pytestmark = pytest.mark.codegen
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench codegen` has them all.
-REPRESENTATIVE = "(linear_fwd|linear_dgrad) (relu|silu) |linear_dgrad tanh bf16|linear_wgrad .* split 1"
+REPRESENTATIVE = (
+    "(linear_fwd|linear_dgrad) (relu|silu) [^d]|linear_dgrad tanh bf16|linear_wgrad .* split 1"
+    "|linear_fwd moments bf16 128|linear_dgrad norm silu dropout bf16 128|column_moments bf16|batch_norm.* silu .* bf16"
+)
 
 
 def run(*command):
@@ -31,7 +34,7 @@ def test_a_broken_budget_is_reported():
     broken = """
 from fusemlp.bench.codegen import INSTRUCTIONS, Resources
 counts = dict.fromkeys(INSTRUCTIONS, 0)
-print(Resources("k", "linear_fwd bf16 128x256x64 tma split 1", 90, 8, 255, 8, 300_000, counts).broken_budgets())
+print(Resources("_gemm_kernel", "linear_fwd bf16 128x256x64 tma split 1", 90, 8, 255, 8, 300_000, counts).broken_budgets())
 """
     expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load"]
     assert run("-c", broken).stdout.strip() == str(expected)
@@ -53,9 +56,12 @@ def test_occupancy_by_hand(warps, registers, shared, percent):
 
 LAUNCHES = '''
 import json, sys, torch
+import triton.language as tl
 from triton.runtime import driver
 from fusemlp.bench.codegen import StubDriver
-from fusemlp.kernels import launch
+from torch.utils._pytree import tree_leaves
+from fusemlp.kernels import batch_norm, launch
+from fusemlp.kernels.activation import functions_of_preact
 from fusemlp.kernels.gemm import gemm
 
 calls = []
@@ -65,7 +71,7 @@ class Launcher:
     def __init__(self, src, metadata):
         self.hash = metadata.hash
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        shown = [a.data_ptr() if isinstance(a, torch.Tensor) else str(a) for a in args]
+        shown = [a.data_ptr() if isinstance(a, torch.Tensor) else str(a) for a in tree_leaves(args)]
         calls.append((self.hash, x, y, z, shown))
 
 class Utils:
@@ -89,12 +95,30 @@ variants = [
     operands(64, 64, 64, offset=1), operands(64, 64, 64, transposed=True), operands(64, 64, 64, torch.float16),
     operands(65, 64, 64), operands(64, 72, 64),
 ]
+x, y = torch.empty(64, 64), torch.empty(64, 64)
+mean, var, weight, bias = torch.empty(4, 66)[:, :64]
+seed = torch.zeros(1, dtype=torch.int64)
+# Arguments in tuples: tensors, None, numbers that are compiled in, and numbers that are not.
+norms = [None, (mean, var, None, None, 1e-5), (mean, var, None, None, 1e-3), (mean, var, weight, bias, 1e-5)]
+drops = [None, (seed, 0, 0, 0, 1000, 1.5), (seed, 1, 0, 0, 1000, 1.5), (seed, 2, 0, 16, 2**31, 2.0)]
+
+def block(norm, drop):
+    launch.launch(
+        batch_norm._apply_kernel, 4, x.device, x, y, norm, drop, 64, 64, 64, 1, FNS=functions_of_preact("relu"),
+        ACC_DTYPE=tl.float32, ALIGNED=True, BLOCK_M=16, BLOCK_N=64,
+    )
+
 for cached in (False, True, True):
     calls.append("round")
     for a, b, out in variants:
         if not cached:
             launch._compiled.clear()
         gemm("test", a, b, out)
+    for norm in norms:
+        for drop in drops:
+            if not cached:
+                launch._compiled.clear()
+            block(norm, drop)
 rounds, current = [], None
 for call in calls:
     if call == "round":
@@ -110,6 +134,6 @@ def test_cached_launches_are_tritons_own():
     done = run("-c", LAUNCHES)
     assert done.returncode == 0, done.stderr
     triton_rounds, filling, from_cache = json.loads(done.stdout.splitlines()[-1])
-    assert len({call[0] for call in triton_rounds}) > 4
+    assert len({call[0] for call in triton_rounds}) > 12
     assert filling == triton_rounds
     assert from_cache == triton_rounds

@@ -69,7 +69,10 @@ def test_mixed_modes(mode, make, x, kernels):
     torch.testing.assert_close(step(net, x), step(twin, x))
 
 
-@pytest.mark.parametrize("arguments", BLOCKS.values(), ids=BLOCKS)
+PLAIN = {name: {"activation": name} for name in ("relu", "tanh", "gelu")}
+
+
+@pytest.mark.parametrize("arguments", [*BLOCKS.values(), *PLAIN.values()], ids=[*BLOCKS, *PLAIN])
 def test_recomputing_changes_no_bit(arguments, make, x, kernels):
     net = make(**arguments)
     again = make(**arguments, checkpoint=True)
