@@ -34,7 +34,8 @@ def test_a_broken_budget_is_reported():
     broken = """
 from fusemlp.bench.codegen import INSTRUCTIONS, Resources
 counts = dict.fromkeys(INSTRUCTIONS, 0)
-print(Resources("_gemm_kernel", "linear_fwd bf16 128x256x64 tma split 1", 90, 8, 255, 8, 300_000, counts).broken_budgets())
+case = "linear_fwd bf16 128x256x64 tma split 1"
+print(Resources("_gemm_kernel", case, 90, 8, 255, 8, 300_000, counts).broken_budgets())
 """
     expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load"]
     assert run("-c", broken).stdout.strip() == str(expected)
