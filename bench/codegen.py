@@ -37,6 +37,7 @@ from ..kernels.batch_norm import (
     norm_args,
 )
 from ..kernels.config import GemmConfig
+from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ..kernels.dropout import dropout
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import plan_gemm
@@ -58,6 +59,8 @@ INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESERVED = 1024  # bytes of shared memory that every block takes for itself
 REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
+# Rows of logits: many in a tile, one or a part of one.
+CLASSES = (10, 1000, 4096, 131072)
 # What a hidden block ends with: nothing, and one that each kind of derivative stands for.
 NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -197,6 +200,26 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"batch_norm_bwd {name} dropout",
             lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
         )
+    for C in CLASSES:
+        logits, index, classes = (
+            torch.empty(64, C, 1, dtype=dtype),
+            torch.empty(64, 1, dtype=torch.int64),
+            torch.empty(C),
+        )
+        stats, grad = torch.empty(3, 64), torch.empty(64)
+        for kind, target, weighted, smoothing in (
+            ("", index, None, 0.0),
+            (" weighted, smoothed", index, classes, 0.1),
+            (" probabilities", logits, None, 0.0),
+        ):
+            yield (
+                f"cross_entropy_fwd {C} classes{kind}",
+                lambda a=(logits, target, weighted), s=smoothing: cross_entropy_fwd(*a, -100, "mean", s, False),
+            )
+            yield (
+                f"cross_entropy_bwd {C} classes{kind}",
+                lambda a=(logits, target, weighted, stats, grad), s=smoothing: cross_entropy_bwd(*a, None, -100, s),
+            )
 
 
 def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:

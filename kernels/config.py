@@ -105,3 +105,24 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
     tiles_m = -(-M // block_m)
     splits = min(tiles_m, max(1, ROW_SPLITS_PER_SM * num_sms // -(-N // block_n)))
     return -(-tiles_m // splits) * block_m
+
+
+CLASS_ELEMENTS = 4096
+# More rows spill: each has its own maximum, sums and address.
+CLASS_ROWS = 64
+# Programs for each multiprocessor below which rows of logits are cut.
+RANGES_PER_SM = 4
+
+
+def class_block(C: int) -> tuple[int, int]:
+    """Rows and classes of a tile of logits: many short rows, or a part of one long one."""
+    block_c = min(CLASS_ELEMENTS, max(16, 1 << (C - 1).bit_length()))
+    return min(CLASS_ROWS, CLASS_ELEMENTS // block_c), block_c
+
+
+def classes_per_split(M: int, C: int, num_sms: int) -> int:
+    """Classes of each range when M rows of C logits are read; all of them where there are rows enough."""
+    block_m, block_c = class_block(C)
+    blocks = -(-C // block_c)
+    splits = max(1, min(blocks, RANGES_PER_SM * num_sms // -(-M // block_m)))
+    return -(-blocks // splits) * block_c

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import launch
 from . import chain, reference
 from .chain import DropoutFunction, Kept, Layer, block_again, differentiable_grads
+from .cross_entropy import cross_entropy as cross_entropy
 from .reference import Norm
 
 if launch.HAS_TRITON:

@@ -61,3 +61,20 @@ def norm_of(module: torch.nn.BatchNorm1d) -> Norm:
         module.momentum,
         module.eps,
     )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss on the fused kernels: see `functional.cross_entropy`.
+
+    Input (C,), (N, C) or (N, C, d1, ...), target class indices or probabilities. Raises what the function raises.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

@@ -56,3 +56,16 @@ def test_torchs_own_samples_of_dropout(backend, device):
             scale = 1 / (1 - p) if training and p < 1 else 1
             torch.testing.assert_close(ours, torch.where(kept, sample.input * scale, 0.0), msg=sample_ids(sample))
             assert kept.all() or (training and p > 0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_torchs_own_samples_of_cross_entropy(backend, dtype, device):
+    op = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+    samples = list(op.sample_inputs(device, dtype, requires_grad=False))
+    assert len(samples) > 20
+    with launch.backend(backend):
+        for sample in samples:
+            expected = op(sample.input, *sample.args, **sample.kwargs)
+            ours = F.cross_entropy(sample.input, *sample.args, **sample.kwargs)
+            torch.testing.assert_close(ours, expected, equal_nan=True, msg=sample_ids(sample))
