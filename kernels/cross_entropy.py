@@ -34,28 +34,29 @@ def _row_offsets(rows, S, stride_n, stride_s):
 
 
 @triton.jit
-def _load_index(target_ptr, rows, row_mask, C, ignore_index):
+def _load_index(target_ptr, rows, row_mask, classes, ignore_index):
     """Class indices, and which rows count: not those to be ignored, nor (invalid) those out of range."""
     index = tl.load(target_ptr + rows, mask=row_mask, other=0).to(tl.int64)
     ignored = (index == ignore_index) | (row_mask == 0)
-    valid = ((index >= 0) & (index < C)) | ignored
+    valid = ((index >= 0) & (index < classes)) | ignored
     return index, ignored, valid
 
 
 @triton.jit
 def _weights(
-    target, target_offs, cols, mask, weight_ptr, C, smoothing, dtype: tl.constexpr,
+    target, target_offs, cols, mask, weight_ptr, first_class, classes, smoothing, dtype: tl.constexpr,
     PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """The tile of q. target: indices [BLOCK_M, 1], or a pointer to probabilities with offsets."""
+    """The tile of q. target: indices [BLOCK_M, 1], the first being class 0 of these, or probabilities and offsets."""
     if PROBABILITIES:
         q = tl.load(target + target_offs, mask=mask, other=0.0).to(dtype)
     else:
         q = (target == cols[None, :]).to(dtype)
     if SMOOTH:
-        q = q * (1 - smoothing) + smoothing / C
+        q = q * (1 - smoothing) + smoothing / classes
     if weight_ptr is not None:
-        q = q * tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(dtype)[None, :]
+        w = tl.load(weight_ptr + first_class + cols, mask=first_class + cols < classes, other=0.0)
+        q = q * w.to(dtype)[None, :]
     return tl.where(mask, q, 0.0)
 
 
@@ -73,7 +74,7 @@ def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
 
 @triton.jit
 def _finish_rows(
-    m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, C, ignore_index,
+    m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, classes, ignore_index,
     PROBABILITIES: tl.constexpr,
 ):  # fmt: skip
     """Losses of rows, or of their block one sum of losses and one of weights, and what backward needs of them."""
@@ -83,7 +84,7 @@ def _finish_rows(
         weight = row_mask.to(loss.dtype)
         loss = tl.where(row_mask, loss, 0.0)
     else:
-        index, ignored, valid = _load_index(target_ptr, rows, row_mask, C, ignore_index)
+        index, ignored, valid = _load_index(target_ptr, rows, row_mask, classes, ignore_index)
         loss = tl.where(ignored, 0.0, tl.where(valid, loss, float("nan")))
         weight = (ignored == 0).to(loss.dtype)
         if weight_ptr is not None:
@@ -103,7 +104,7 @@ def _finish_rows(
 def _ranges_kernel(
     logits_ptr, target_ptr, weight_ptr, partial_ptr, stats_ptr, loss_ptr, sums_ptr,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s,
-    splits, classes_per_split, ignore_index, smoothing,
+    splits, classes_per_split, first_class, classes, ignore_index, smoothing,
     PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, ACC_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -116,9 +117,9 @@ def _ranges_kernel(
         target_rows = _row_offsets(rows, S, target_stride_n, target_stride_s)
         target = target_ptr
     else:
-        index, _, _ = _load_index(target_ptr, rows, row_mask, C, ignore_index)
+        index, _, _ = _load_index(target_ptr, rows, row_mask, classes, ignore_index)
         target_rows = rows
-        target = index[:, None]
+        target = (index - first_class)[:, None]
     m = tl.full((BLOCK_M,), float("-inf"), ACC_DTYPE)
     total = tl.zeros((BLOCK_M,), ACC_DTYPE)
     b = tl.zeros((BLOCK_M,), ACC_DTYPE)
@@ -135,7 +136,8 @@ def _ranges_kernel(
         relative = tl.where(mask, logits - ref, 0.0)
         target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
         q = _weights(
-            target, target_offs, cols, mask, weight_ptr, C, smoothing, ACC_DTYPE, PROBABILITIES, SMOOTH
+            target, target_offs, cols, mask, weight_ptr, first_class, classes, smoothing, ACC_DTYPE,
+            PROBABILITIES, SMOOTH,
         )  # fmt: skip
         # Only the target's logit matters to a one-hot q, whatever the others are.
         counts = mask if PROBABILITIES or SMOOTH else mask & (q != 0)
@@ -151,14 +153,14 @@ def _ranges_kernel(
         tl.store(ptrs + 3 * size, a, mask=row_mask)
     else:
         _finish_rows(
-            m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, C, ignore_index,
-            PROBABILITIES,
+            m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, classes,
+            ignore_index, PROBABILITIES,
         )  # fmt: skip
 
 
 @triton.jit
 def _merge_ranges_kernel(
-    partial_ptr, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, C, splits, ignore_index,
+    partial_ptr, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, classes, splits, ignore_index,
     PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Rows finished from partial (4, splits, M), in order."""
@@ -177,8 +179,8 @@ def _merge_ranges_kernel(
             tl.load(ptrs + 2 * size, mask=row_mask, other=0.0), tl.load(ptrs + 3 * size, mask=row_mask, other=0.0),
         )  # fmt: skip
     _finish_rows(
-        m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, C, ignore_index,
-        PROBABILITIES,
+        m, total, b, a, rows, row_mask, target_ptr, weight_ptr, stats_ptr, loss_ptr, sums_ptr, M, classes,
+        ignore_index, PROBABILITIES,
     )  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
 def _cross_entropy_bwd_kernel(
     logits_ptr, target_ptr, weight_ptr, stats_ptr, grad_ptr, total_weight_ptr, dlogits_ptr,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s,
-    out_stride_n, out_stride_c, out_stride_s, stride_grad, ignore_index, smoothing,
+    out_stride_n, out_stride_c, out_stride_s, stride_grad, first_class, classes, ignore_index, smoothing,
     PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, ACC_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -228,13 +230,13 @@ def _cross_entropy_bwd_kernel(
         target_rows = _row_offsets(rows, S, target_stride_n, target_stride_s)
         target = target_ptr
     else:
-        index, ignored, valid = _load_index(target_ptr, rows, row_mask, C, ignore_index)
+        index, ignored, valid = _load_index(target_ptr, rows, row_mask, classes, ignore_index)
         target_rows = rows
-        target = index[:, None]
+        target = (index - first_class)[:, None]
         grad = tl.where(valid, grad, float("nan"))
     q = _weights(
-        target, target_rows[:, None] + wide * target_stride_c, cols, mask, weight_ptr, C, smoothing, ACC_DTYPE,
-        PROBABILITIES, SMOOTH,
+        target, target_rows[:, None] + wide * target_stride_c, cols, mask, weight_ptr, first_class, classes, smoothing,
+        ACC_DTYPE, PROBABILITIES, SMOOTH,
     )  # fmt: skip
     dlogits = grad[:, None] * (a[:, None] * tl.exp(logits - m[:, None] - log_total[:, None]) - q)
     if not PROBABILITIES:
@@ -247,8 +249,107 @@ MERGE_ROWS = 128
 REDUCE_BLOCK = 1024
 
 
-def _loss_dtype(logits: Tensor, float32: bool) -> torch.dtype:
-    return torch.float32 if float32 and logits.dtype != torch.float64 else logits.dtype
+def _class_strides(target: Tensor) -> tuple[int, ...]:
+    """Of probabilities (N, C, S); class indices (N, S) are contiguous."""
+    return target.stride() if target.is_floating_point() else (0, 0, 0)
+
+
+def _launch_ranges(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    partial: Tensor | None,
+    finished: tuple[Tensor | None, Tensor | None, Tensor | None],
+    per_split: int,
+    first_class: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    N, C, S = logits.shape
+    block_m, block_c = class_block(C)
+    splits = -(-C // per_split)
+    launch.launch(
+        _ranges_kernel, -(-N * S // block_m) * splits, logits.device,
+        logits, target, weight, partial, *finished,
+        N * S, C, S, *logits.stride(), *_class_strides(target),
+        splits, per_split, first_class, classes, ignore_index, float(smoothing),
+        PROBABILITIES=target.is_floating_point(), SMOOTH=smoothing != 0, ACC_DTYPE=triton_acc_dtype(logits.dtype),
+        BLOCK_M=block_m, BLOCK_C=block_c,
+    )  # fmt: skip
+    cost.report("cross_entropy_fwd", 0, (logits, target, weight, partial, *finished))
+
+
+def cross_entropy_ranges(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    first_class: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+) -> Tensor:
+    """What a part of the classes leaves, (4, ranges, N S): maximum, sum of exp, b and a; see the head of this file.
+
+    logits (N, C, S) of C classes from first_class on, out of `classes`; target: indices (N, S) among all of them, or
+    probabilities (N, C, S) of these; weight (classes,). Results of other parts go beside it along dimension 1.
+    """
+    launch.check_addressable(logits, target)
+    N, C, S = logits.shape
+    per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
+    partial = logits.new_empty(4, -(-C // per_split), N * S, dtype=acc_dtype(logits.dtype))
+    nothing = (None, None, None)
+    _launch_ranges(logits, target, weight, partial, nothing, per_split, first_class, classes, ignore_index, smoothing)
+    return partial
+
+
+def cross_entropy_merge(
+    partial: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    results: list[Tensor],
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """The `results` of `cross_entropy_fwd` from those of `cross_entropy_ranges` for all classes."""
+    _, splits, M = partial.shape
+    programs = -(-M // MERGE_ROWS)
+    stats, per_row, sums = finished = _finished(results, programs, reduction)
+    launch.launch(
+        _merge_ranges_kernel, programs, partial.device,
+        partial, target, weight, stats, per_row, sums, M, classes, splits, ignore_index,
+        PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(partial.dtype), BLOCK_M=MERGE_ROWS,
+    )  # fmt: skip
+    cost.report("cross_entropy_merge", 0, (partial, *finished))
+    _reduce(sums, results, reduction)
+
+
+def _finished(results: list[Tensor], programs: int, reduction: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Where rows go that are finished: statistics, losses if they are wanted, else sums of blocks."""
+    loss, stats, _ = results
+    if reduction == "none":
+        return stats, loss, None
+    return stats, None, stats.new_empty(2, programs, dtype=torch.float64)
+
+
+def _reduce(sums: Tensor | None, results: list[Tensor], reduction: str) -> None:
+    if sums is None:
+        return
+    loss, _, total_weight = results
+    launch.launch(
+        _reduce_kernel, 1, loss.device,
+        sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK,
+    )  # fmt: skip
+    cost.report("cross_entropy_reduce", 0, (sums, loss, total_weight))
+
+
+def cross_entropy_results(logits: Tensor, samples: tuple[int, int], reduction: str, float32: bool) -> list[Tensor]:
+    """Room for the results of `cross_entropy_fwd`, for logits like these of (N, S) samples."""
+    dtype = torch.float32 if float32 and logits.dtype != torch.float64 else logits.dtype
+    loss = logits.new_empty(samples if reduction == "none" else (), dtype=dtype)
+    stats = logits.new_empty(3, samples[0] * samples[1], dtype=acc_dtype(logits.dtype))
+    return [loss, stats, logits.new_empty((), dtype=torch.float64)]
 
 
 def _cross_entropy_fwd_outputs(
@@ -260,10 +361,7 @@ def _cross_entropy_fwd_outputs(
     smoothing: float,
     float32: bool,
 ) -> list[Tensor]:
-    N, _, S = logits.shape
-    loss = logits.new_empty((N, S) if reduction == "none" else (), dtype=_loss_dtype(logits, float32))
-    stats = logits.new_empty(3, N * S, dtype=acc_dtype(logits.dtype))
-    return [loss, stats, logits.new_empty((), dtype=torch.float64)]
+    return cross_entropy_results(logits, (logits.shape[0], logits.shape[2]), reduction, float32)
 
 
 @launch.operator(_cross_entropy_fwd_outputs)
@@ -281,45 +379,46 @@ def cross_entropy_fwd(
     target: indices (N, S), contiguous, or probabilities (N, C, S); weight (C,) contiguous or None; reduction "none",
     "sum" or "mean"; float32: a loss of 16-bit logits is float32. No weight comes of "none".
     """
-    loss, stats, total_weight = outputs = _cross_entropy_fwd_outputs(
-        logits, target, weight, ignore_index, reduction, smoothing, float32
-    )
-    launch.check_addressable(logits, target)
     N, C, S = logits.shape
-    M = N * S
-    dtype = triton_acc_dtype(logits.dtype)
+    results = cross_entropy_results(logits, (N, S), reduction, float32)
+    per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
+    if per_split < C:
+        partial = cross_entropy_ranges(logits, target, weight, 0, C, ignore_index, smoothing)
+        cross_entropy_merge(partial, target, weight, results, C, ignore_index, reduction)
+        return results
+    launch.check_addressable(logits, target)
+    finished = _finished(results, -(-N * S // class_block(C)[0]), reduction)
+    _launch_ranges(logits, target, weight, None, finished, per_split, 0, C, ignore_index, smoothing)
+    _reduce(finished[2], results, reduction)
+    return results
+
+
+def cross_entropy_bwd_into(
+    dlogits: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    grad: Tensor,
+    total_weight: Tensor | None,
+    first_class: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """`cross_entropy_bwd` for C classes from first_class on; dlogits may be logits itself."""
+    launch.check_addressable(logits, target, grad)
+    N, C, S = logits.shape
     block_m, block_c = class_block(C)
-    per_split = classes_per_split(M, C, launch.num_sms(logits.device))
-    splits = -(-C // per_split)
-    partial = stats.new_empty(4, splits, M) if splits > 1 else None
-    merge_programs = -(-M // MERGE_ROWS)
-    programs = merge_programs if splits > 1 else -(-M // block_m)
-    sums = None if reduction == "none" else stats.new_empty(2, programs, dtype=torch.float64)
-    per_row = loss if reduction == "none" else None
-    probabilities = target.is_floating_point()
     launch.launch(
-        _ranges_kernel, -(-M // block_m) * splits, logits.device,
-        logits, target, weight, partial, stats, per_row, sums,
-        M, C, S, *logits.stride(), *(target.stride() if probabilities else (0, 0, 0)),
-        splits, per_split, ignore_index, float(smoothing),
-        PROBABILITIES=probabilities, SMOOTH=smoothing != 0, ACC_DTYPE=dtype, BLOCK_M=block_m, BLOCK_C=block_c,
+        _cross_entropy_bwd_kernel, -(-N * S // block_m) * -(-C // block_c), logits.device,
+        logits, target, weight, stats, grad, total_weight, dlogits,
+        N * S, C, S, *logits.stride(), *_class_strides(target), *dlogits.stride(),
+        grad.stride(0), first_class, classes, ignore_index, float(smoothing),
+        PROBABILITIES=target.is_floating_point(), SMOOTH=smoothing != 0, ACC_DTYPE=triton_acc_dtype(logits.dtype),
+        BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
-    side = (target, weight)
-    cost.report("cross_entropy_fwd", 0, (logits, *side, *((partial,) if splits > 1 else (stats, per_row, sums))))
-    if partial is not None:
-        launch.launch(
-            _merge_ranges_kernel, merge_programs, logits.device,
-            partial, target, weight, stats, per_row, sums, M, C, splits, ignore_index,
-            PROBABILITIES=probabilities, ACC_DTYPE=dtype, BLOCK_M=MERGE_ROWS,
-        )  # fmt: skip
-        cost.report("cross_entropy_merge", 0, (partial, stats, per_row, sums))
-    if sums is not None:
-        launch.launch(
-            _reduce_kernel, 1, logits.device,
-            sums, loss, total_weight, programs, MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK,
-        )  # fmt: skip
-        cost.report("cross_entropy_reduce", 0, (sums, loss, total_weight))
-    return outputs
+    cost.report("cross_entropy_bwd", 0, (logits, target, weight, stats, total_weight, dlogits))
 
 
 def _cross_entropy_bwd_outputs(logits: Tensor, *_: Any) -> list[Tensor]:
@@ -339,18 +438,6 @@ def cross_entropy_bwd(
 ) -> list[Tensor]:
     """[dlogits (N, C, S)], contiguous; grad (N S,), of each row's loss, is divided by total_weight if that is given."""
     (dlogits,) = outputs = _cross_entropy_bwd_outputs(logits)
-    launch.check_addressable(logits, target, grad)
-    N, C, S = logits.shape
-    M = N * S
-    block_m, block_c = class_block(C)
-    probabilities = target.is_floating_point()
-    launch.launch(
-        _cross_entropy_bwd_kernel, -(-M // block_m) * -(-C // block_c), logits.device,
-        logits, target, weight, stats, grad, total_weight, dlogits,
-        M, C, S, *logits.stride(), *(target.stride() if probabilities else (0, 0, 0)), *dlogits.stride(),
-        grad.stride(0), ignore_index, float(smoothing),
-        PROBABILITIES=probabilities, SMOOTH=smoothing != 0, ACC_DTYPE=triton_acc_dtype(logits.dtype),
-        BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
-    cost.report("cross_entropy_bwd", 0, (logits, target, weight, stats, total_weight, dlogits))
+    tensors = logits, target, weight, stats, grad, total_weight
+    cross_entropy_bwd_into(dlogits, *tensors, 0, logits.shape[1], ignore_index, smoothing)
     return outputs

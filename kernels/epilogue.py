@@ -188,3 +188,19 @@ def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.con
         du_sum, du_xhat_sum = column_sums(stored), column_sums(stored * xhat)
         store_partial(partial_ptr, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
     return du
+
+
+@triton.jit
+def add_to(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add to what is there already."""
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _add_to_half(left, args, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _add_to_half(right, args, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _add_to_half(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    there_ptr, stride = args
+    ptrs, mask = tile_pointers(there_ptr, row, col, M, N, stride, 1, BLOCK_M, BLOCK_N)
+    return acc + tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)

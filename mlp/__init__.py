@@ -2,6 +2,15 @@
 
 from .fold import fold_batch_norm
 from .model import MLP
-from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearReLU
+from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
 
-__all__ = ["MLP", "BatchNorm1d", "CrossEntropyLoss", "Dropout", "Linear", "LinearReLU", "fold_batch_norm"]
+__all__ = [
+    "MLP",
+    "BatchNorm1d",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "LinearReLU",
+    "fold_batch_norm",
+]

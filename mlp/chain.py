@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from . import reference
+from .dropout import DropoutFunction
 from .reference import Norm
 
 if launch.HAS_TRITON:
@@ -29,7 +30,6 @@ if launch.HAS_TRITON:
         merge_grad_sums,
         norm_args,
     )
-    from ..kernels.dropout import dropout
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.linear import (
         activation_bwd,
@@ -284,20 +284,6 @@ def block_again(preact: Tensor, layer: Layer, affine: Sequence[Tensor | None], k
         norm = Norm(weight, bias, mean, var, batch_stats=norm.batch_stats, eps=norm.eps)
     output = reference.block(preact, norm, layer.activation)
     return output if kept.seed is None else DropoutFunction.apply(output, kept.seed, layer.p)  # pyright: ignore
-
-
-class DropoutFunction(torch.autograd.Function):
-    """Dropout of a matrix: linear, so that its derivatives of every order are dropouts with the same seed."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, seed: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.p = p
-        return dropout(input, p, seed)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return DropoutFunction.apply(grad_output, *ctx.saved_tensors, ctx.p), None, None  # pyright: ignore
 
 
 def run_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False) -> Tensor:

@@ -39,7 +39,7 @@ def cross_entropy(
 
     Raises ValueError for a wrong shape, device, reduction or label_smoothing, TypeError for a wrong type or dtype.
     """
-    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    check_loss(input, target, weight, ignore_index, reduction, label_smoothing)
     served = launch.explain(input, target, weight, product=False)
     if served.backend == "torch" or target.requires_grad:
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
@@ -59,7 +59,7 @@ def cross_entropy(
     return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss  # pyright: ignore
 
 
-def _check(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str, label_smoothing: float) -> None:
+def check_loss(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str, label_smoothing: float) -> None:
     for name, given in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(given, Tensor) and not (name == "weight" and given is None):
             raise TypeError(f"{name}: {type(given).__name__}; must be a torch.Tensor")
@@ -92,6 +92,12 @@ def _check_range(target: Tensor, ignore_index: int, classes: int) -> None:
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise IndexError(f"target: {wrong[0].item()}; class indices go from 0 to {classes - 1}")
+
+
+def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Tensor:
+    """The gradient of every row's loss, (N S,)."""
+    N, S = samples
+    return grad_output.expand(N, S).reshape(-1) if reduction == "none" else grad_output.reshape(1).expand(N * S)
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -129,6 +135,6 @@ class CrossEntropyFunction(torch.autograd.Function):
             (dlogits,) = differentiable_grads(grad_output, (logits,), (True,), again)
         else:
             N, _, S = logits.shape
-            grad = grad_output.expand(N, S).reshape(-1) if reduction == "none" else grad_output.reshape(1).expand(N * S)
+            grad = per_row(grad_output, (N, S), reduction)
             (dlogits,) = cross_entropy_bwd(logits, target, weight, stats, grad, total_weight, ignore_index, smoothing)
         return dlogits, *(None,) * 6

@@ -15,9 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..kernels import launch
-from . import functional as F
 from . import reference
 from .chain import Layer
+from .linear import linear_chain
 from .modules import BatchNorm1d, Dropout, Linear, norm_of
 
 if launch.HAS_TRITON:
@@ -169,11 +169,11 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
             layers.append(layer)
         if layer is None or one_node_per_layer:
             # So that gradients become ready, and are reduced, layer by layer.
-            input = F.linear_chain(input, layers, recompute) if layers else input
+            input = linear_chain(input, layers, recompute) if layers else input
             layers = []
         if layer is None:
             input = modules[position - 1](input)
-    return F.linear_chain(input, layers, recompute) if layers else input
+    return linear_chain(input, layers, recompute) if layers else input
 
 
 def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:

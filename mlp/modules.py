@@ -1,9 +1,12 @@
 """Drop-in modules: the constructor, attributes, defaults and state_dict keys of their torch.nn namesakes."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import functional as F
+from .batch_norm import norm_act_dropout
 from .reference import Norm
 
 
@@ -44,7 +47,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        return F.norm_act_dropout(input, norm_of(self), None, 0.0)
+        return norm_act_dropout(input, norm_of(self), None, 0.0)
 
 
 def norm_of(module: torch.nn.BatchNorm1d) -> Norm:
@@ -76,5 +79,48 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """A linear layer, as `linear`, and cross-entropy on it: see `functional.linear_cross_entropy`.
+
+    The constructor and state_dict keys of torch.nn's, where there is one (2.13). Input (N, in_features); target indices
+    (N, *out_features) or probabilities (N, num_classes, *out_features); ignore_index None is -100. Raises what the
+    function raises.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.linear = Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape = self.num_classes, *self.out_features
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if self.linear.bias is None else self.linear.bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
             label_smoothing=self.label_smoothing,
         )

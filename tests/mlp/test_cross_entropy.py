@@ -1,12 +1,11 @@
 """Cross-entropy: every option of torch's, values, gradients, errors."""
 
-import itertools
-
 import pytest
 import torch
 from fusemlp.kernels import cost, launch
 from fusemlp.mlp import CrossEntropyLoss
 from fusemlp.mlp import functional as F
+from losses import OPTIONS
 from tolerance import assert_as_close_as_torch
 from torch.nn import functional as torch_F
 
@@ -21,10 +20,6 @@ SHAPES = {
     "places": (4, 9, 5),
     "image": (2, 5, 3, 4),
 }
-OPTIONS = [
-    pytest.param(*each, id=" ".join(filter(None, (each[0], each[1] and "weighted", each[2] and "smoothed", each[3]))))
-    for each in itertools.product(["indices", "probabilities"], [False, True], [0.0, 0.2], ["none", "mean", "sum"])
-]
 
 
 def classes(shape):

@@ -6,6 +6,7 @@ from fusemlp.kernels import cost, launch
 from fusemlp.mlp import functional as F
 from fusemlp.mlp import reference
 from fusemlp.mlp.chain import Layer
+from fusemlp.mlp.linear import linear_chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_close_as_torch
@@ -53,7 +54,7 @@ def test_gradgradcheck(activation, kernels, device):
 
 
 def chain(x, w1, b1, w2, b2, w3):
-    return F.linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2, "tanh"), Layer(w3)])
+    return linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2, "tanh"), Layer(w3)])
 
 
 CHAIN_SHAPES = [(6, 5), (7, 5), (7,), (4, 7), (4,), (3, 4)]
@@ -108,7 +109,7 @@ def test_frozen_tensors_cost_nothing(frozen, expected, kernels, device):
     for name in frozen.split():
         named[name].requires_grad_(False)
     x, w1, b1, w2, b2 = named.values()
-    y = F.linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2)])
+    y = linear_chain(x, [Layer(w1, b1, "relu"), Layer(w2, b2)])
     with cost.ledger() as ledger:
         y.sum().backward()
     assert [entry.name.removeprefix("linear_") for entry in ledger.launches] == expected

@@ -1,0 +1,74 @@
+"""Linear layers, alone and in chains."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import launch
+from . import reference
+from .batch_norm import norm_act_dropout
+from .chain import Layer, run_chain
+
+
+def linear_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False) -> Tensor:
+    """Linear layers, each with the normalisation, activation and dropout that follow it, as one autograd node.
+
+    input (*, in_features), (N, in_features) if a layer normalises, and every weight (out_features, in_features) and
+    bias (out_features,) have one floating dtype and device; under torch.autocast they are cast to its dtype. Returns
+    (*, out_features of the last layer). recompute: keep less for backward, and compute it again there.
+
+    Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
+    """
+    launch.check_tensors(input, layers)
+    input = autocast(input)
+    layers = [
+        each._replace(weight=autocast(each.weight), bias=None if each.bias is None else autocast(each.bias))
+        for each in layers
+    ]
+    launch.check_linear_chain(input, layers, reference.ACTIVATIONS)
+    served = launch.explain(input, *(t for layer in layers for t in (layer.weight, layer.bias))).backend == "triton"
+    # A compiler sees an operator for each pass; what the fused ones work on has shapes that depend on their tiles.
+    if not served or (torch.compiler.is_compiling() and not all(layer.plain for layer in layers)):
+        return _layer_by_layer(input, layers, served)
+
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    output = run_chain(rows, layers, recompute)
+    return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
+
+
+def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool) -> Tensor:
+    for layer in layers:
+        product = layer if layer.plain else Layer(layer.weight, layer.bias)
+        if served:
+            input = linear_chain(input, [product])
+        else:
+            input = reference.linear(input, product.weight, product.bias, product.activation)
+        if not layer.plain:
+            input = norm_act_dropout(input, layer.norm, layer.activation, layer.p)
+    return input
+
+
+def autocast(t: Tensor) -> Tensor:
+    """t as torch.autocast has it in matrix products; float64 it leaves alone."""
+    kind = t.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return t
+    return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """act(input weight^T + bias).
+
+    input (*, in_features), weight (out_features, in_features), bias (out_features,) or None, all of one floating dtype
+    on one device; returns (*, out_features). activation: None, "relu", "leaky_relu", "elu", "gelu", "gelu_tanh",
+    "silu", "sigmoid", "tanh" or "relu6", as torch defines them. Under torch.autocast the arguments are cast first.
+
+    Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
+    """
+    return linear_chain(input, [Layer(weight, bias, activation)])
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """relu(input weight^T + bias): `linear` with activation "relu"."""
+    return linear(input, weight, bias, "relu")
