@@ -39,8 +39,8 @@ from ..kernels.batch_norm import (
 from ..kernels.config import GemmConfig
 from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ..kernels.dropout import dropout
-from ..kernels.epilogue import bitmask_width
-from ..kernels.gemm import plan_gemm
+from ..kernels.epilogue import Epilogue, add_to, bitmask_width
+from ..kernels.gemm import gemm, plan_gemm
 from ..kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -175,6 +175,9 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"linear_dgrad norm {name} dropout",
             lambda name=name: linear_dgrad_norm(dz, w, x, norm_args(*norm), dropout, name),
         )
+    total = torch.empty(M, K)
+    add = Epilogue(add_to, (total, K), heavy=True)
+    yield "linear_dgrad add", lambda: gemm("linear_dgrad", dz, w, total, add)
     yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, None, dropout, "relu")
 
 

@@ -30,7 +30,7 @@ SECTIONS = ("correctness", "sanitizer", "ops", "mlp")
 SECTION_SECONDS = 480
 CORRECTNESS = (
     *("functional", "modules", "model", "chain", "block", "recompute"),
-    *("batch_norm", "dropout", "fold", "cross_entropy", "opinfo", "gpu"),
+    *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "opinfo", "gpu"),
 )
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not codegen"]
 # One shape per kernel and epilogue: under the sanitizer a launch takes a hundred times as long.
