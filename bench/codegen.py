@@ -129,7 +129,7 @@ class Resources:
 
     def _stack_budget(self) -> int:
         """Bytes. None on the architecture the tiles were chosen for; elsewhere the compiler may park a few words."""
-        return 0 if self.arch == 90 and "ieee" not in self.case else 16
+        return 0 if self.arch == 90 and "ieee" not in self.case else 32
 
 
 def read_resources(compiled: Any, case: str, arch: int) -> Resources:

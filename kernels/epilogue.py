@@ -138,6 +138,14 @@ def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
 @triton.jit
 def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Mean and squared deviations of the preactivation's columns, as it is stored in type FNS[0], on the way."""
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = _bias_moments_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = _bias_moments_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _bias_moments_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     bias_ptr, partial_ptr = args
     preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
     mean, m2 = tile_moments(rounded(preact, FNS[0]), tl.minimum(M - row, BLOCK_M), BLOCK_M)
