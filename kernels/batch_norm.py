@@ -119,7 +119,7 @@ def _merge_grad_sums_kernel(
         ptrs = partial_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask = (offs_s < splits)[:, None] & (offs_n < N)[None, :]
         du_sum += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float64), axis=0)
-        du_xhat = tl.load(ptrs + tl.to_tensor(splits).to(tl.int64) * N, mask=mask, other=0.0)
+        du_xhat = tl.load(ptrs + tl.cast(splits, tl.int64) * N, mask=mask, other=0.0)
         du_xhat_sum += tl.sum(du_xhat.to(tl.float64), axis=0)
     mask = offs_n < N
     store_rounded(sums_ptr, du_sum, offs_n, mask)

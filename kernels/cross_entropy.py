@@ -91,8 +91,8 @@ def _finish_rows(
             counts = valid & (ignored == 0)
             weight = tl.load(weight_ptr + index, mask=counts, other=0.0).to(loss.dtype)
     tl.store(stats_ptr + rows, tl.where(m == float("-inf"), 0.0, m), mask=row_mask)
-    tl.store(stats_ptr + tl.to_tensor(M).to(tl.int64) + rows, log_total, mask=row_mask)
-    tl.store(stats_ptr + tl.to_tensor(M).to(tl.int64) * 2 + rows, a, mask=row_mask)
+    tl.store(stats_ptr + tl.cast(M, tl.int64) + rows, log_total, mask=row_mask)
+    tl.store(stats_ptr + tl.cast(M, tl.int64) * 2 + rows, a, mask=row_mask)
     if loss_ptr is not None:
         tl.store(loss_ptr + rows, cast(loss, loss_ptr.dtype.element_ty), mask=row_mask)
     if sums_ptr is not None:
@@ -146,7 +146,7 @@ def _ranges_kernel(
         m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
     if partial_ptr is not None:
         ptrs = partial_ptr + split.to(tl.int64) * M + rows
-        size = tl.to_tensor(splits).to(tl.int64) * M
+        size = tl.cast(splits, tl.int64) * M
         tl.store(ptrs, m, mask=row_mask)
         tl.store(ptrs + size, total, mask=row_mask)
         tl.store(ptrs + 2 * size, b, mask=row_mask)
@@ -166,7 +166,7 @@ def _merge_ranges_kernel(
     """Rows finished from partial (4, splits, M), in order."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
-    size = tl.to_tensor(splits).to(tl.int64) * M
+    size = tl.cast(splits, tl.int64) * M
     m = tl.full((BLOCK_M,), float("-inf"), ACC_DTYPE)
     total = tl.zeros((BLOCK_M,), ACC_DTYPE)
     b = tl.zeros((BLOCK_M,), ACC_DTYPE)
@@ -221,8 +221,8 @@ def _cross_entropy_bwd_kernel(
     ptrs = logits_ptr + _row_offsets(rows, S, stride_n, stride_s)[:, None] + wide * stride_c
     logits = tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
     m = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
-    log_total = tl.load(stats_ptr + tl.to_tensor(M).to(tl.int64) + rows, mask=row_mask, other=0.0)
-    a = tl.load(stats_ptr + tl.to_tensor(M).to(tl.int64) * 2 + rows, mask=row_mask, other=0.0)
+    log_total = tl.load(stats_ptr + tl.cast(M, tl.int64) + rows, mask=row_mask, other=0.0)
+    a = tl.load(stats_ptr + tl.cast(M, tl.int64) * 2 + rows, mask=row_mask, other=0.0)
     grad = tl.load(grad_ptr + rows.to(tl.int64) * stride_grad, mask=row_mask, other=0.0).to(ACC_DTYPE)
     if total_weight_ptr is not None:
         grad = (grad.to(tl.float64) / tl.load(total_weight_ptr)).to(ACC_DTYPE)

@@ -72,7 +72,7 @@ def store_partial(partial_ptr, first, second, split, splits, col, N, BLOCK_N: tl
     offs_n = col + tl.arange(0, BLOCK_N)
     ptrs = partial_ptr + split.to(tl.int64) * N + offs_n
     tl.store(ptrs, first, mask=offs_n < N)
-    tl.store(ptrs + tl.to_tensor(splits).to(tl.int64) * N, second, mask=offs_n < N)
+    tl.store(ptrs + tl.cast(splits, tl.int64) * N, second, mask=offs_n < N)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _merge_moments_kernel(
         ptrs = partial_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask = (offs_s < splits)[:, None] & (offs_n < N)[None, :]
         means = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-        m2s = tl.load(ptrs + tl.to_tensor(splits).to(tl.int64) * N, mask=mask, other=0.0).to(tl.float64)
+        m2s = tl.load(ptrs + tl.cast(splits, tl.int64) * N, mask=mask, other=0.0).to(tl.float64)
         counts = tl.maximum(tl.minimum(M - offs_s.to(tl.int64) * rows_per_split, rows_per_split), 0)
         counts = counts.to(tl.float64)[:, None]
         total = tl.sum(counts, axis=0)
@@ -114,7 +114,7 @@ def _merge_moments_kernel(
     store_rounded(var_ptr, m2 / M, offs_n, mask)
     if running_mean_ptr is not None:
         # Of a cumulative average the caller has counted this batch already.
-        share = 1 / tl.load(batches_ptr).to(tl.float64) if CUMULATIVE else tl.to_tensor(momentum).to(tl.float64)
+        share = 1 / tl.load(batches_ptr).to(tl.float64) if CUMULATIVE else tl.cast(momentum, tl.float64)
         _move_average(running_mean_ptr, mean, share, offs_n, mask)
         _move_average(running_var_ptr, m2 / (M - 1), share, offs_n, mask)
     if batches_ptr is not None and not CUMULATIVE and tl.program_id(0) == 0:

@@ -51,7 +51,7 @@ def threshold(p: float) -> int:
 def _words(seed, stream, rows, groups):
     counter = groups[None, :].to(tl.uint32) + tl.zeros_like(rows[:, None]).to(tl.uint32)
     high = (rows >> 32).to(tl.uint32)[:, None]
-    stream = tl.zeros((1, 1), tl.uint32) + tl.to_tensor(stream).to(tl.uint32)
+    stream = tl.zeros((1, 1), tl.uint32) + tl.cast(stream, tl.uint32)
     return tl.philox(seed, counter, rows.to(tl.uint32)[:, None], high, stream, ROUNDS)
 
 
@@ -61,7 +61,7 @@ def keep_tile(
 ):  # fmt: skip
     """Which elements of the tile with its corner at the global (row, col) are kept. ALIGNED: col is a multiple of 8."""
     seed = tl.load(seed_ptr)
-    rows = tl.to_tensor(row).to(tl.int64) + tl.arange(0, BLOCK_M)
+    rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)
     if ALIGNED:
         w0, w1, w2, w3 = _words(seed, stream, rows, col // 8 + tl.arange(0, BLOCK_N // 8))
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_N // 8, 2, 2]
@@ -73,4 +73,4 @@ def keep_tile(
         which = (cols % 8)[None, :]
         words = tl.where(which < 4, tl.where(which < 2, w0, w1), tl.where(which < 6, w2, w3))
         words = tl.where(which % 2 == 0, words, (words >> 16) | (words << 16))
-    return words >= tl.to_tensor(threshold).to(tl.uint32)  # [BLOCK_M, BLOCK_N]
+    return words >= tl.cast(threshold, tl.uint32)  # [BLOCK_M, BLOCK_N]
