@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cases import LayerCase, NetCase
+from .cases import BlockCase, LayerCase, LossCase, NetCase
 
-Case = TypeVar("Case", LayerCase, NetCase)
+Case = TypeVar("Case", bound=BlockCase | LayerCase | LossCase | NetCase)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

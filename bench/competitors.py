@@ -55,14 +55,14 @@ def _torch_layer(case: LayerCase, device: torch.device, grad: bool) -> LayerFunc
 
 @_register(LAYER_COMPETITORS, "torch.compile")
 def _compiled_layer(case: LayerCase, device: torch.device, grad: bool) -> LayerFunction:
-    return _compile(_torch_layer(case, device, grad))
+    return compiled(_torch_layer(case, device, grad))
 
 
 @_register(LAYER_COMPETITORS, "torch.compile max-autotune")
 def _autotuned_layer(case: LayerCase, device: torch.device, grad: bool) -> LayerFunction | None:
     if device.type != "cuda":
         return None
-    return _compile(_torch_layer(case, device, grad), MAX_AUTOTUNE)
+    return compiled(_torch_layer(case, device, grad), MAX_AUTOTUNE)
 
 
 @_register(LAYER_COMPETITORS, "torch._addmm_activation")
@@ -94,14 +94,14 @@ def _torch_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
 
 @_register(NET_COMPETITORS, "torch.compile")
 def _compiled_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
-    return _compile(_torch_net(case, net, device))
+    return compiled(_torch_net(case, net, device))
 
 
 @_register(NET_COMPETITORS, "torch.compile max-autotune")
 def _autotuned_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module | None:
     if device.type != "cuda":
         return None
-    return _compile(_torch_net(case, net, device), MAX_AUTOTUNE)
+    return compiled(_torch_net(case, net, device), MAX_AUTOTUNE)
 
 
 @_register(NET_COMPETITORS, CEILING)
@@ -110,7 +110,7 @@ def _gemm_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
     return nn.Sequential(*(nn.Linear(*size, bias=False, device=device, dtype=case.dtype) for size in sizes))
 
 
-def _compile(plain: Any, mode: str = "default") -> Any:
+def compiled(plain: Any, mode: str = "default") -> Any:
     return torch.compile(plain, dynamic=False, mode=mode)
 
 

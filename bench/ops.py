@@ -1,51 +1,74 @@
-"""Time one linear layer with its activation, forward and backward, beside its competitors.
+"""Time linear layers, what follows them, and losses, forward and backward, beside their competitors.
 
-`python -m fusemlp.bench ops [--out DIR]` gives a row per layer, pass, mode (see `timing`) and competitor.
+`python -m fusemlp.bench ops [--out DIR]` gives a row per operation, pass, mode (see `timing`) and competitor.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 import torch
 
-from .cases import LAYERS, QUICK_LAYERS, LayerCase
-from .competitors import LAYER_COMPETITORS, LAYER_PASSES, LayerFunction, layer_call, layer_operands
+from .cases import OPERATIONS, QUICK_OPERATIONS, BlockCase, LayerCase, LossCase
+from .competitors import LAYER_COMPETITORS, LAYER_PASSES, layer_call, layer_operands
+from .passes import Function, block_operands, block_work, competing, loss_operands, loss_work
 from .race import Maker, check, measure_all, race, rows
 from .race import add_arguments as add_arguments
-from .roofline import layer_host_us, layer_work, measure_ceilings
+from .roofline import Work, layer_host_us, layer_work, measure_ceilings
 from .timing import Call
 
+OpCase = LayerCase | BlockCase | LossCase
 
-def layer_makers(case: LayerCase, which: str, device: torch.device) -> dict[str, Maker]:
+
+def operands(case: OpCase, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """What the operation works on, and last the gradient of its result."""
+    if isinstance(case, LayerCase):
+        return layer_operands(case, device, seed)
+    return block_operands(case, device, seed) if isinstance(case, BlockCase) else loss_operands(case, device, seed)
+
+
+def work(case: OpCase, which: str) -> Work:
+    """The work of one pass of LAYER_PASSES."""
+    if isinstance(case, LayerCase):
+        return layer_work(case, which)
+    return block_work(case, which) if isinstance(case, BlockCase) else loss_work(case, which)
+
+
+def functions(case: OpCase, which: str, device: torch.device) -> dict[str, Function]:
     """Every competitor that applies to the case, by name."""
-    grad = which != "forward"
-    functions = {name: make(case, device, grad) for name, make in LAYER_COMPETITORS.items()}
-    return {name: partial(_call, each, case, which, device) for name, each in functions.items() if each is not None}
+    if not isinstance(case, LayerCase):
+        return competing(case, which, device)
+    made = {name: make(case, device, which != "forward") for name, make in LAYER_COMPETITORS.items()}
+    return {name: each for name, each in made.items() if each is not None}
 
 
-def _call(function: LayerFunction, case: LayerCase, which: str, device: torch.device, number: int) -> Call:
-    return layer_call(function, layer_operands(case, device, seed=number), which)
+def makers(case: OpCase, which: str, device: torch.device) -> dict[str, Maker]:
+    return {name: partial(_call, each, case, which, device) for name, each in functions(case, which, device).items()}
 
 
-def layer_truth(case: LayerCase, which: str, device: torch.device) -> list[torch.Tensor]:
+def _call(function: Function, case: OpCase, which: str, device: torch.device, number: int) -> Call:
+    return layer_call(function, operands(case, device, seed=number), which)
+
+
+def truth(case: OpCase, which: str, device: torch.device) -> list[torch.Tensor]:
     """The pass's results in float64."""
-    operands = tuple(t.detach().double().requires_grad_() for t in layer_operands(case, device))
-    torchs = LAYER_COMPETITORS["torch"](case, device, which != "forward")
-    assert torchs is not None
-    return list(layer_call(torchs, operands, which)())
+    doubles = tuple(t.detach().double().requires_grad_() for t in operands(case, device))
+    return list(layer_call(functions(case, which, device)["torch"], doubles, which)())
 
 
-def measure_layer(case: LayerCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
+def measure_op(case: OpCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
     """A row per mode and competitor; no time where the result is wrong."""
-    makers = layer_makers(case, which, device)
-    checks = check(makers, layer_truth(case, which, device))
-    work = layer_work(case, which)
-    results = race(makers, checks, work.bytes, device, 0.05 if quick else 0.2)
-    host_us = layer_host_us(case, which, device) if device.type == "cpu" else None
-    return rows(results, work, measure_ceilings(case.dtype, device, quick), host_us)
+    # Dropout draws other bits for everybody: what is checked is the operation without it.
+    sure = replace(case, dropout=0.0) if isinstance(case, BlockCase) else case
+    checks = check(makers(sure, which, device), truth(sure, which, device))
+    results = race(makers(case, which, device), checks, work(case, which).bytes, device, 0.05 if quick else 0.2)
+    host_us = None
+    if device.type == "cpu" and isinstance(case, LayerCase):
+        host_us = layer_host_us(case, which, device)
+    return rows(results, work(case, which), measure_ceilings(case.dtype, device, quick), host_us)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure every layer; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
-    return measure_all(arguments, QUICK_LAYERS if arguments.quick else LAYERS, LAYER_PASSES, layer_work, measure_layer)
+    """Measure every operation; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
+    return measure_all(arguments, QUICK_OPERATIONS if arguments.quick else OPERATIONS, LAYER_PASSES, work, measure_op)

@@ -3,10 +3,11 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from fusemlp.bench import mlp, plot
+from fusemlp.bench import mlp, ops, plot
 from fusemlp.bench.__main__ import main
-from fusemlp.bench.cases import QUICK_NETS, NetCase
+from fusemlp.bench.cases import QUICK_NETS, BlockCase, LossCase, NetCase
 from fusemlp.bench.competitors import LAYER_COMPETITORS, NET_COMPETITORS, net_call, net_operands
+from fusemlp.bench.roofline import Work
 from fusemlp.kernels import launch
 
 # The compiler's own.
@@ -26,7 +27,7 @@ def out(command, tmp_path_factory):
     with warnings.catch_warnings():
         # The compiler's own.
         warnings.filterwarnings("ignore", module=r"torch\.")
-        assert main([command, "--quick", "--filter", "32|plain", "--out", str(out)]) == 0
+        assert main([command, "--quick", "--filter", "32 -> 48|plain", "--out", str(out)]) == 0
     return out
 
 
@@ -98,7 +99,7 @@ def test_compiled_code_is_not_counted(device):
 
 
 def test_every_type_is_measured(tmp_path):
-    arguments = ["ops", "--quick", "--dtype", "float64", "bfloat16", "--out", str(tmp_path)]
+    arguments = ["ops", "--quick", "--filter", "32 ->", "--dtype", "float64", "bfloat16", "--out", str(tmp_path)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.")
         assert main(arguments) == 0
@@ -121,3 +122,38 @@ BAD = {
 def test_bad_arguments_give_one_line(name, arguments, message, capsys):
     assert main([name, *arguments]) == 2
     assert capsys.readouterr().err == f"fusemlp-bench {name}: error: {message}"
+
+
+BESIDE = {
+    "quick BN": {"fusemlp", "torch", "torch.compile"},
+    "quick cross-entropy": {"fusemlp", "torch", "torch.compile"},
+    "quick linear . cross": {"fusemlp", "torch", "torch.compile", "torch linear_cross_entropy"},
+}
+
+
+@pytest.mark.parametrize(("case", "competitors"), BESIDE.items(), ids=BESIDE)
+def test_what_is_beside_the_layers_is_measured_too(case, competitors, tmp_path):
+    assert main(["ops", "--quick", "--filter", case, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "ops.csv")
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        competitors = competitors - {"torch linear_cross_entropy"}
+    assert competitors <= set(table["competitor"])
+    assert list(table["pass"].unique()) == PASSES["ops"]
+    assert table["fault"].isna().all()
+    assert (table["median_ms"] > 0).all()
+
+
+# Elements of (64, 48) in float32; (64, 32) and (48, 32).
+WORK = {
+    "normalised": (BlockCase("", 64, 48, dtype=torch.float32), "both", Work(0, 4 * 8 * 64 * 48)),
+    "dropout": (BlockCase("", 64, 48, batch_norm=False, dtype=torch.float32), "both", Work(0, 4 * 4 * 64 * 48)),
+    "loss": (LossCase("", 64, 48, dtype=torch.float32), "both", Work(0, 4 * 3 * 64 * 48)),
+    "linear loss": (
+        LossCase("", 64, 48, 32, dtype=torch.float32), "forward", Work(2 * 64 * 48 * 32, 4 * (64 * 32 + 48 * 32))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "which", "expected"), WORK.values(), ids=WORK)
+def test_work_by_hand(case, which, expected):
+    assert ops.work(case, which) == expected

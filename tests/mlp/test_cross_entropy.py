@@ -129,6 +129,16 @@ def test_strides_do_not_matter(view, kernels, device):
     assert_three_way(view(logits), target)
 
 
+def test_logits_of_more_than_2_31_elements(device):
+    """Two rows so far apart; what lies between is neither read nor, by the system, ever provided."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((2, 20), (2**31 + 8, 1))
+    logits, target = made((2, 20), dtype=torch.bfloat16, device=device)
+    far.copy_(logits)
+    with launch.backend("triton"):
+        losses = [F.cross_entropy(each, target.clamp(min=0), reduction="none") for each in (far, logits)]
+    assert torch.equal(*losses)
+
+
 def test_uint8_indices(kernels, device):
     logits, target = made((9, 20), device=device, ignored=False)
     assert torch.equal(F.cross_entropy(logits, target.byte()), F.cross_entropy(logits, target))

@@ -69,3 +69,24 @@ def test_torchs_own_samples_of_cross_entropy(backend, dtype, device):
             expected = op(sample.input, *sample.args, **sample.kwargs)
             ours = F.cross_entropy(sample.input, *sample.args, **sample.kwargs)
             torch.testing.assert_close(ours, expected, equal_nan=True, msg=sample_ids(sample))
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torchs_own_samples_of_linear_cross_entropy(backend, chunked, device, monkeypatch):
+    op = next((op for op in op_db if op.name == "nn.functional.linear_cross_entropy"), None)
+    if op is None:
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    if chunked:
+        monkeypatch.setattr("fusemlp.mlp.linear_cross_entropy.chunk_classes", lambda *_: 0)
+        monkeypatch.setattr("fusemlp.kernels.linear_cross_entropy.chunk_classes", lambda *_: 2)
+    samples = list(op.sample_inputs(device, torch.float64, requires_grad=False))
+    assert len(samples) > 5
+    with launch.backend(backend):
+        for sample in samples:
+            options = {name: value for name, value in sample.kwargs.items() if name != "options"}
+            expected = op(sample.input, *sample.args, **sample.kwargs)
+            if options.get("ignore_index", -100) is None:
+                options["ignore_index"] = -100
+            ours = F.linear_cross_entropy(sample.input, *sample.args, **options)
+            torch.testing.assert_close(ours, expected, equal_nan=True, msg=sample_ids(sample))

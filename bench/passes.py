@@ -1,0 +1,136 @@
+"""Operations beside the products that `ops` measures: what they work on, how much work they are, and who competes.
+
+A competitor makes, for a case, a function of the case's operands, or None where it does not apply.
+"""
+# pyright: reportMissingImports=false
+# (competitors that are not installed are left out)
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_F
+
+from ..mlp import functional as F
+from .cases import BlockCase, LossCase
+from .competitors import MAX_AUTOTUNE, compiled
+from .roofline import Work
+
+Function = Callable[..., Tensor]
+
+
+def block_operands(case: BlockCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """Input, with its parameters if it is normalised, and output gradient, normal; all but the last want gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device=device)
+    shape = case.rows, case.features
+    inputs = [normal(shape, dtype=case.dtype)]
+    if case.batch_norm:
+        parameter = torch.float64 if case.dtype == torch.float64 else torch.float32
+        inputs += [normal(case.features, dtype=parameter) for _ in range(2)]
+    return *(t.requires_grad_() for t in inputs), normal(shape, dtype=case.dtype)
+
+
+def block_work(case: BlockCase, which: str) -> Work:
+    """Normalising reads the input for its statistics first, backward input and gradient for its sums."""
+    size = case.rows * case.features * case.dtype.itemsize
+    forward, backward = (Work(0, 3 * size), Work(0, 5 * size)) if case.batch_norm else (Work(0, 2 * size),) * 2
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
+
+
+def _fusemlp_block(case: BlockCase) -> Function:
+    if not case.batch_norm:
+        return lambda x: F.dropout(x, case.dropout)
+    return lambda x, w, b: F.batch_norm_act_dropout(x, None, None, w, b, p=case.dropout, training=True)
+
+
+def _torch_block(case: BlockCase) -> Function:
+    if not case.batch_norm:
+        return lambda x: torch_F.dropout(x, case.dropout)
+    return lambda x, w, b: torch_F.dropout(torch.relu(torch_F.batch_norm(x, None, None, w, b, True)), case.dropout)
+
+
+def loss_operands(case: LossCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """Logits, or input and weight, normal; then the gradient of the loss. All but the last want gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device=device, dtype=case.dtype)
+    if case.in_features is None:
+        inputs = [normal(case.rows, case.classes)]
+    else:
+        scale = case.in_features**0.5
+        inputs = [normal(case.rows, case.in_features), normal(case.classes, case.in_features).div_(scale)]
+    return *(t.requires_grad_() for t in inputs), torch.ones((), device=device, dtype=case.dtype)
+
+
+def loss_work(case: LossCase, which: str) -> Work:
+    """Backward reads the logits and writes their gradient; with a linear layer no logits need to move."""
+    M, C, K = case.rows, case.classes, case.in_features
+    if K is None:
+        size = M * C * case.dtype.itemsize
+        forward, backward = Work(0, size), Work(0, 2 * size)
+    else:
+        operands = (M * K + K * C) * case.dtype.itemsize
+        forward, backward = Work(2 * M * K * C, operands), Work(4 * M * K * C, 2 * operands)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
+
+
+def _target(case: LossCase, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randint(0, case.classes, (case.rows,), generator=generator, device=device)
+
+
+def _fusemlp_loss(case: LossCase, target: Tensor) -> Function:
+    if case.in_features is None:
+        return lambda logits: F.cross_entropy(logits, target)
+    return lambda x, w: F.linear_cross_entropy(x, w, target)
+
+
+def _torch_loss(case: LossCase, target: Tensor) -> Function:
+    if case.in_features is None:
+        return lambda logits: torch_F.cross_entropy(logits, target)
+    return lambda x, w: torch_F.cross_entropy(torch_F.linear(x, w), target)
+
+
+def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Function]:
+    """What else there is, if it is installed; Liger-Kernel and cut-cross-entropy run on CUDA alone.
+
+    Who computes gradients in forward has no backward that could be timed again and again.
+    """
+    found: dict[str, Function] = {}
+    if which == "backward":
+        return found
+    if case.in_features is not None and hasattr(torch_F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch linear_cross_entropy"] = lambda x, w: torch_F.linear_cross_entropy(x, w, target, options=options)
+    if target.is_cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import functional as liger
+
+        if case.in_features is None:
+            found["Liger-Kernel"] = lambda logits: liger.liger_cross_entropy(logits, target)
+        else:
+            found["Liger-Kernel"] = lambda x, w: liger.liger_fused_linear_cross_entropy(x, w, target)
+    if target.is_cuda and case.in_features is not None and importlib.util.find_spec("cut_cross_entropy"):
+        import cut_cross_entropy
+
+        found["cut-cross-entropy"] = lambda x, w: cut_cross_entropy.linear_cross_entropy(x, w, target)
+    return found
+
+
+def competing(case: BlockCase | LossCase, which: str, device: torch.device) -> dict[str, Function]:
+    """Every competitor's function for the case, by name."""
+    if isinstance(case, BlockCase):
+        ours, torchs, others = _fusemlp_block(case), _torch_block(case), {}
+    else:
+        target = _target(case, device)
+        ours, torchs, others = (
+            _fusemlp_loss(case, target),
+            _torch_loss(case, target),
+            _other_losses(case, target, which),
+        )
+    functions: dict[str, Any] = {"fusemlp": ours, "torch": torchs, "torch.compile": compiled(torchs)}
+    if device.type == "cuda":
+        functions["torch.compile max-autotune"] = compiled(torchs, MAX_AUTOTUNE)
+    return functions | others
