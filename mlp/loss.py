@@ -10,6 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cross_entropy import cross_entropy
 from .data import Data
 from .errors import InputError
 
@@ -49,7 +50,7 @@ def make_loss(
         total = F.mse_loss if name == "mse" else F.l1_loss
         return Loss(lambda output, target: total(output.float(), target, reduction="sum"), Tensor.numel)
 
-    total = partial(F.cross_entropy, label_smoothing=label_smoothing, reduction="sum")
+    total = partial(cross_entropy, label_smoothing=label_smoothing, reduction="sum")
     if class_weights == "none":
         return Loss(lambda output, target: total(output.float(), target), len)
     balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.y.numpy())

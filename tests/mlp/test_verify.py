@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from fusemlp.kernels import launch
-from fusemlp.mlp import functional, verify
+from fusemlp.mlp import chain, verify
 from fusemlp.mlp.__main__ import main
 
 
@@ -27,12 +27,12 @@ def test_the_kernels_agree_in_a_process_of_their_own(run):
 
 
 def test_a_planted_difference_is_found(run, monkeypatch, capfd):
-    def wrong(dz, x, bias):
+    def wrong(dz, x, bias, unreduced):
         dw, *db = torch.ops.aten.mm(dz.t(), x), dz.sum(0)
         dw[0, 0] += 0.1
         return [dw, *db][: 1 + bias]
 
-    monkeypatch.setattr(functional, "linear_wgrad", wrong)
+    monkeypatch.setattr(chain, "linear_wgrad_unreduced", wrong)
     assert verify.main([str(run)]) == 1
     assert "the kernels differ from PyTorch in the gradient of 0.weight" in capfd.readouterr().err
     assert not json.loads((run / "kernels.json").read_text())["agree"]
