@@ -75,6 +75,16 @@ def _whole(left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _in_halves(
+    half: tl.constexpr, acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left = half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
+    right = half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    return _whole(left, right, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def identity(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return acc
 
@@ -96,10 +106,7 @@ def bias_act_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
 
 @triton.jit
 def bias_act_preact(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _bias_act_preact_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _bias_act_preact_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_bias_act_preact_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -121,10 +128,7 @@ def dact_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.const
 
 @triton.jit
 def dact_saved(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _dact_saved_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _dact_saved_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_dact_saved_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -138,10 +142,7 @@ def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
 @triton.jit
 def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Mean and squared deviations of the preactivation's columns, as it is stored in type FNS[0], on the way."""
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _bias_moments_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _bias_moments_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_bias_moments_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -155,14 +156,11 @@ def _bias_moments_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl
 
 @triton.jit
 def bias_norm_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _bias_norm_act_half(left, args, FNS, col, N, BLOCK_N // 2)
-    right = _bias_norm_act_half(right, args, FNS, col + BLOCK_N // 2, N, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_bias_norm_act_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _bias_norm_act_half(acc, args, FNS: tl.constexpr, col, N, BLOCK_N: tl.constexpr):
+def _bias_norm_act_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     bias_ptr, norm = args
     _, u = normalize(_add_bias(acc, bias_ptr, col, N, BLOCK_N), norm, col, N, BLOCK_N)
     return FNS[1](u)
@@ -171,18 +169,12 @@ def _bias_norm_act_half(acc, args, FNS: tl.constexpr, col, N, BLOCK_N: tl.conste
 @triton.jit
 def dnorm(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """du of the block below, which normalised x, if it did; then sums of du and du xhat over the rows, on the way."""
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _dnorm_half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _dnorm_half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_dnorm_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _dnorm_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _dnorm_quarter(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _dnorm_quarter(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_dnorm_quarter, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -201,14 +193,11 @@ def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.con
 @triton.jit
 def add_to(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Add to what is there already."""
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    left = _add_to_half(left, args, row, col, M, N, BLOCK_M, BLOCK_N // 2)
-    right = _add_to_half(right, args, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
-    return _whole(left, right, BLOCK_M, BLOCK_N)
+    return _in_halves(_add_to_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _add_to_half(acc, args, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _add_to_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     there_ptr, stride = args
     ptrs, mask = tile_pointers(there_ptr, row, col, M, N, stride, 1, BLOCK_M, BLOCK_N)
     return acc + tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
