@@ -107,17 +107,18 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
     return -(-tiles_m // splits) * block_m
 
 
-CLASS_ELEMENTS = 4096
-# More rows spill: each has its own maximum, sums and address.
-CLASS_ROWS = 64
+MAX_CLASSES = 4096
+# Of a tile of several rows. More spill: each row has its own maximum, sums and address.
+CLASS_ELEMENTS = 2048
+CLASS_ROWS = 32
 # Programs for each multiprocessor below which rows of logits are cut.
 RANGES_PER_SM = 4
 
 
 def class_block(C: int) -> tuple[int, int]:
     """Rows and classes of a tile of logits: many short rows, or a part of one long one."""
-    block_c = min(CLASS_ELEMENTS, max(16, 1 << (C - 1).bit_length()))
-    return min(CLASS_ROWS, CLASS_ELEMENTS // block_c), block_c
+    block_c = min(MAX_CLASSES, max(16, 1 << (C - 1).bit_length()))
+    return max(1, min(CLASS_ROWS, CLASS_ELEMENTS // block_c)), block_c
 
 
 def classes_per_split(M: int, C: int, num_sms: int) -> int:
