@@ -14,6 +14,7 @@ COMPILING = {name: value for name, value in os.environ.items() if name != "TRITO
 REPRESENTATIVE = (
     "(linear_fwd|linear_dgrad) (relu|silu) [^d]|linear_dgrad tanh bf16|linear_wgrad .* split 1"
     "|linear_fwd moments bf16 128|linear_dgrad norm silu dropout bf16 128|column_moments bf16|batch_norm.* silu .* bf16"
+    "|cross_entropy.* (10|1000) classes bf16"
 )
 
 
