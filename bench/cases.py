@@ -97,25 +97,31 @@ LAYERS = (
     LayerCase("policy 256 -> 256", 256, 256, 256),
     LayerCase("square 4096, one row", 1, 4096, 4096),
 )
+LOSSES = (
+    LossCase("cross-entropy, 10 classes", 65536, 10),
+    LossCase("cross-entropy, 1000 classes", 65536, 1000),
+    LossCase("cross-entropy, 131072 classes", 1024, 131072),
+    LossCase("linear + cross-entropy, 4096 -> 131072", 4096, 131072, 4096),
+)
 OPERATIONS = (
     *LAYERS,
     BlockCase("BN + ReLU + dropout, 1024 features", 65536, 1024),
     BlockCase("BN + ReLU, 65536 features", 64, 65536, dropout=0.0),
     BlockCase("BN + ReLU, 64 features", 65536, 64, dropout=0.0),
     BlockCase("dropout, 1024 features", 65536, 1024, batch_norm=False),
-    LossCase("cross-entropy, 10 classes", 65536, 10),
-    LossCase("cross-entropy, 1000 classes", 65536, 1000),
-    LossCase("cross-entropy, 131072 classes", 1024, 131072),
-    LossCase("linear + cross-entropy, 4096 -> 131072", 4096, 131072, 4096),
+    *LOSSES,
 )
 QUICK_NETS = (
     NetCase("quick plain", 64, 32, (48, 40), 10, dtype=torch.float32),
     NetCase("quick BN + dropout", 64, 32, (48,), 10, batch_norm=True, dropout=0.1, dtype=torch.float32),
 )
 QUICK_LAYERS = (LayerCase("quick 32 -> 48", 64, 32, 48, dtype=torch.float32),)
+QUICK_LOSSES = (
+    LossCase("quick cross-entropy", 64, 48),
+    LossCase("quick linear + cross-entropy", 64, 48, 32),
+)
 QUICK_OPERATIONS = (
     *QUICK_LAYERS,
     BlockCase("quick BN + ReLU + dropout", 64, 48),
-    LossCase("quick cross-entropy", 64, 48),
-    LossCase("quick linear + cross-entropy", 64, 48, 32),
+    *QUICK_LOSSES,
 )

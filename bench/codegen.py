@@ -50,6 +50,7 @@ from ..kernels.linear import (
     linear_fwd_norm,
     linear_wgrad,
 )
+from ..kernels.linear_cross_entropy import scale_
 from ..kernels.moments import column_moments
 from .command import add_common_arguments
 from .results import write_table
@@ -175,9 +176,9 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"linear_dgrad norm {name} dropout",
             lambda name=name: linear_dgrad_norm(dz, w, x, norm_args(*norm), dropout, name),
         )
-    total = torch.empty(M, K)
+    total = torch.empty(N, K, dtype=dtype)
     add = Epilogue(add_to, (total, K), heavy=True)
-    yield "linear_dgrad add", lambda: gemm("linear_dgrad", dz, w, total, add)
+    yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
     yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, None, dropout, "relu")
 
 
@@ -203,6 +204,7 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"batch_norm_bwd {name} dropout",
             lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
         )
+    yield "scale", lambda: scale_([x, dy, weight.to(dtype)], bias.to(dtype)[0])
     for C in CLASSES:
         logits, index, classes = (
             torch.empty(64, C, 1, dtype=dtype),

@@ -8,6 +8,7 @@ A competitor makes, for a case, a function of the case's operands, or None where
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,13 +83,13 @@ def _target(case: LossCase, device: torch.device) -> Tensor:
     return torch.randint(0, case.classes, (case.rows,), generator=generator, device=device)
 
 
-def _fusemlp_loss(case: LossCase, target: Tensor) -> Function:
+def fusemlp_loss(case: LossCase, target: Tensor) -> Function:
     if case.in_features is None:
         return lambda logits: F.cross_entropy(logits, target)
     return lambda x, w: F.linear_cross_entropy(x, w, target)
 
 
-def _torch_loss(case: LossCase, target: Tensor) -> Function:
+def torch_loss(case: LossCase, target: Tensor) -> Function:
     if case.in_features is None:
         return lambda logits: torch_F.cross_entropy(logits, target)
     return lambda x, w: torch_F.cross_entropy(torch_F.linear(x, w), target)
@@ -100,6 +101,9 @@ def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Funct
     Who computes gradients in forward has no backward that could be timed again and again.
     """
     found: dict[str, Function] = {}
+    if target.is_cuda and case.in_features is not None:
+        short = SimpleNamespace(batch_chunk_size=None, chunking_method="auto")
+        found["fusemlp, short of memory"] = lambda x, w: F.linear_cross_entropy(x, w, target, options=short)
     if which == "backward":
         return found
     if case.in_features is not None and hasattr(torch_F, "linear_cross_entropy"):
@@ -126,8 +130,8 @@ def competing(case: BlockCase | LossCase, which: str, device: torch.device) -> d
     else:
         target = _target(case, device)
         ours, torchs, others = (
-            _fusemlp_loss(case, target),
-            _torch_loss(case, target),
+            fusemlp_loss(case, target),
+            torch_loss(case, target),
             _other_losses(case, target, which),
         )
     functions: dict[str, Any] = {"fusemlp": ours, "torch": torchs, "torch.compile": compiled(torchs)}

@@ -1,10 +1,10 @@
 """Launches, bytes and flops of a training step: fusemlp, PyTorch eager and the floor. Needs no GPU.
 
-`python -m fusemlp.bench traffic` runs forward and backward of every net on tensors without storage, so that nothing is
-computed: fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA), and every operator of
-PyTorch that would launch a kernel counts its inputs and outputs once each. The floor moves each operand of a layer once
-forward and once backward. Times are modelled: a launch takes as long as its bytes at the bandwidth or its flops at the
-arithmetic rate, whichever is longer.
+`python -m fusemlp.bench traffic` runs forward and backward of every net and loss on tensors without storage, so that
+nothing is computed: fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA), and every
+operator of PyTorch that would launch a kernel counts its inputs and outputs once each. The floor moves each operand of
+a layer once forward and once backward. Times are modelled: a launch takes as long as its bytes at the bandwidth or its
+flops at the arithmetic rate, whichever is longer.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from torch.utils.flop_counter import flop_registry
 
 from ..kernels import cost, launch
 from ..kernels.cost import Launch
-from .cases import NETS, QUICK_NETS, NetCase
+from .cases import LOSSES, NETS, QUICK_LOSSES, QUICK_NETS, LossCase, NetCase
 from .command import add_common_arguments, check_any, print_table, select
+from .passes import Function, fusemlp_loss, loss_work, torch_loss
 from .results import write_table
 
 Layers = list[list[Launch]]
+Case = NetCase | LossCase
 ALLOCATIONS = ("aten.empty", "aten.new_empty")
 FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
 # What a layer's backward ends with: fusemlp's dgrad, PyTorch's bias gradient.
@@ -36,6 +38,8 @@ LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
 # Batch norm, activation and dropout, with statistics taken in the product before: forward reads and writes the
 # activations; backward reads them for its sums while the gradient is in registers, then both, and writes a gradient.
 NORMALISE_PASSES = 6
+# Operators that read one element of each row of this argument.
+GATHERED = {"aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
 
 
 class AtenTraffic(TorchDispatchMode):
@@ -47,7 +51,8 @@ class AtenTraffic(TorchDispatchMode):
         if not func.is_view and not name.startswith(ALLOCATIONS):
             count_flops = flop_registry.get(func.overloadpacket)
             flops = count_flops(*args, **(kwargs or {}), out_val=result) if count_flops else 0
-            tensors = tuple(t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            read = [each for position, each in enumerate(args) if position != GATHERED.get(name)]
+            tensors = tuple(t for t in tree_leaves((read, kwargs, result)) if isinstance(t, Tensor))
             cost.report(name, flops, tensors)
         return result
 
@@ -72,22 +77,34 @@ def served_as_on_a_hopper_gpu() -> Iterator[None]:
         yield
 
 
-def count_step(case: NetCase) -> Layers:
+def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[Launch], list[Launch]]:
+    """The launches of forward and of backward."""
+    with patch.object(torch.nn.functional, "dropout", _fused_dropout), AtenTraffic():
+        with cost.ledger() as ahead:
+            result = forward()
+        with cost.ledger() as back:
+            result.backward(grad)
+    return ahead.launches, back.launches
+
+
+def count_net(case: NetCase) -> Layers:
     """The launches of one training step, layer by layer, by whatever code serves the net."""
     x, dy = (
         torch.empty(case.rows, width, dtype=case.dtype, device="meta")
         for width in (case.in_features, case.out_features)
     )
     net = case.build(x.device)
-    with (
-        patch.object(torch.nn.functional, "dropout", _fused_dropout),
-        AtenTraffic(),
-    ):
-        with cost.ledger() as forward:
-            y = net(x)
-        with cost.ledger() as backward:
-            y.backward(dy)
-    return by_layer(forward.launches, backward.launches)
+    return by_layer(*launches_of_step(lambda: net(x), dy))
+
+
+def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> Layers:
+    """The launches of a loss and its gradients, as one layer."""
+    M, C, K = case.rows, case.classes, case.in_features
+    shapes = [(M, C)] if K is None else [(M, K), (C, K)]
+    inputs = [torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True) for shape in shapes]
+    target = torch.empty(M, dtype=torch.int64, device="meta")
+    grad = torch.empty((), dtype=case.dtype, device="meta")
+    return [list(chain(*launches_of_step(lambda: loss(case, target)(*inputs), grad)))]
 
 
 def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
@@ -111,18 +128,21 @@ def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
     return layers
 
 
-def count_fusemlp(case: NetCase) -> Layers:
+def count_fusemlp(case: Case) -> Layers:
     with served_as_on_a_hopper_gpu():
-        return count_step(case)
+        return count_loss(case, fusemlp_loss) if isinstance(case, LossCase) else count_net(case)
 
 
-def count_eager(case: NetCase) -> Layers:
+def count_eager(case: Case) -> Layers:
     with launch.backend("torch"):
-        return count_step(case)
+        return count_loss(case, torch_loss) if isinstance(case, LossCase) else count_net(case)
 
 
-def count_floor(case: NetCase) -> Layers:
+def count_floor(case: Case) -> Layers:
     """The fewest bytes a step can move without fusing across layers, one launch per layer each way."""
+    if isinstance(case, LossCase):
+        work = {which: loss_work(case, which) for which in ("forward", "backward")}
+        return [[Launch(which, each.flops, each.bytes) for which, each in work.items()]]
     layers: Layers = []
     M = case.rows
     for K, N in pairwise(case.widths()):
@@ -140,7 +160,7 @@ def count_floor(case: NetCase) -> Layers:
     return layers
 
 
-COUNTERS: dict[str, Callable[[NetCase], Layers]] = {
+COUNTERS: dict[str, Callable[[Case], Layers]] = {
     "fusemlp": count_fusemlp,
     "eager": count_eager,
     "floor": count_floor,
@@ -179,16 +199,22 @@ def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings) -> Iterator[
         }
 
 
-def tables(cases: Iterable[NetCase], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.DataFrame]:
+def layer_names(case: Case) -> list[str]:
+    if isinstance(case, LossCase):
+        return ["loss"]
+    return [f"{number}: {K} -> {N}" for number, (K, N) in enumerate(pairwise(case.widths()))]
+
+
+def tables(cases: Iterable[Case], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Totals of each case, and the same layer by layer."""
     totals, layers = [], []
     for case in cases:
         counted = {what: count(case) for what, count in COUNTERS.items()}
         whole = {what: list(chain.from_iterable(each)) for what, each in counted.items()}
         totals += [{"case": case.name, **row} for row in summarise(whole, ceilings)]
-        for number, (K, N) in enumerate(pairwise(case.widths())):
+        for number, name in enumerate(layer_names(case)):
             layer = {what: each[number] for what, each in counted.items()}
-            key = {"case": case.name, "layer": f"{number}: {K} -> {N}"}
+            key = {"case": case.name, "layer": name}
             layers += [{**key, **row} for row in summarise(layer, ceilings)]
     return pd.DataFrame(totals), pd.DataFrame(layers)
 
@@ -214,7 +240,7 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("bandwidth", "flops"):
         if not (given := getattr(arguments, name)) > 0:
             raise ValueError(f"argument --{name}: {given}; must be positive")
-    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
+    cases = select((*QUICK_NETS, *QUICK_LOSSES) if arguments.quick else (*NETS, *LOSSES), arguments.filter)
     check_any(arguments.filter, cases)
     ceilings = Ceilings(arguments.bandwidth, arguments.flops, arguments.launch_us)
     totals, layers = tables(cases, ceilings)

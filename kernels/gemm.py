@@ -205,10 +205,10 @@ def gemm(
 ) -> tuple[Tensor, int] | None:
     """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
 
-    a is (M, K) and b is (K, N), of one dtype and with any strides; out is a contiguous (M, N) and row_sum a
-    contiguous (M,). Only the identity can be split along K. `name` labels the launch in ledgers. Returns an epilogue's
-    column sums and of how many rows each is. Results that a split left in parts are added up at once, or noted in
-    `unreduced` for a later `reduce_splits`.
+    a is (M, K) and b is (K, N), of one dtype and with any strides; out is (M, N), contiguous or, under another epilogue
+    than the identity, with rows of any pitch; row_sum is a contiguous (M,). Only the identity can be split along K.
+    `name` labels the launch in ledgers. Returns an epilogue's column sums and of how many rows each is. Results that a
+    split left in parts are added up at once, or noted in `unreduced` for a later `reduce_splits`.
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
@@ -233,7 +233,7 @@ def gemm(
         describe(b, (block_k, block_n)) if plan.tma else b,
         describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
         row_sum_ptr, epilogue_args,
-        M, N, K, *a.stride(), *b.stride(), N, numel,
+        M, N, K, *a.stride(), *b.stride(), N if plan.split_k > 1 else out.stride(0), numel,
         **plan.meta,
     )  # fmt: skip
     side_tensors = [t for t in tree_leaves(epilogue_args) if isinstance(t, Tensor)]

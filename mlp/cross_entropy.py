@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from .chain import differentiable_grads
+from .linear import autocasts
 
 if launch.HAS_TRITON:
     from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
@@ -54,12 +55,13 @@ def cross_entropy(
         input.reshape(*samples, classes, -1),
         target.reshape(*samples, classes, -1) if probabilities else target.reshape(*samples, -1).long().contiguous(),
         None if weight is None else weight.contiguous(),
-        *(ignore_index, reduction, float(label_smoothing), torch.is_autocast_enabled(input.device.type)),
+        *(ignore_index, reduction, float(label_smoothing), autocasts(input)),
     )
     return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss  # pyright: ignore
 
 
 def check_loss(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    """Refuse what `cross_entropy` cannot compute, naming the argument."""
     for name, given in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(given, Tensor) and not (name == "weight" and given is None):
             raise TypeError(f"{name}: {type(given).__name__}; must be a torch.Tensor")
@@ -100,6 +102,21 @@ def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Te
     return grad_output.expand(N, S).reshape(-1) if reduction == "none" else grad_output.reshape(1).expand(N * S)
 
 
+def torchs_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    float32: bool,
+) -> Tensor:
+    """The same loss by operations of PyTorch, for derivatives of any order."""
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+    logits = logits.float() if float32 and logits.dtype != torch.float64 else logits
+    return torch.nn.functional.cross_entropy(logits, target, weight, **options)
+
+
 class CrossEntropyFunction(torch.autograd.Function):
     """The loss of logits (N, C, S); see `cross_entropy`."""
 
@@ -124,13 +141,11 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, target, weight, stats, total_weight = ctx.saved_tensors
-        ignore_index, reduction, smoothing, float32 = ctx.options
+        ignore_index, reduction, smoothing, _ = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
             def again(logits: Tensor) -> Tensor:
-                options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-                logits = logits.float() if float32 and logits.dtype != torch.float64 else logits
-                return torch.nn.functional.cross_entropy(logits, target, weight, **options)
+                return torchs_cross_entropy(logits, target, weight, *ctx.options)
 
             (dlogits,) = differentiable_grads(grad_output, (logits,), (True,), again)
         else:

@@ -49,12 +49,17 @@ def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool) -> Ten
     return input
 
 
+def autocasts(t: Tensor) -> bool:
+    """Whether torch.autocast is on where t is."""
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast(t: Tensor) -> Tensor:
     """t as torch.autocast has it in matrix products; float64 it leaves alone."""
-    kind = t.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not autocasts(t) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

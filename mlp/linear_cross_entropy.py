@@ -10,11 +10,11 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .chain import Layer, differentiable_grads
-from .cross_entropy import check_loss, cross_entropy, per_row
-from .linear import autocast, linear
+from .cross_entropy import check_loss, cross_entropy, per_row, torchs_cross_entropy
+from .linear import autocast, autocasts, linear
 
 if launch.HAS_TRITON:
-    from ..kernels.linear_cross_entropy import chunk_classes, linear_cross_entropy_bwd, linear_cross_entropy_fwd
+    from ..kernels import linear_cross_entropy as kernel
 
 
 def linear_cross_entropy(
@@ -27,21 +27,33 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    options: Any = None,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, weight, ...) without holding all of the logits.
 
     input (N, in_features) or (in_features,), linear_weight (C, in_features), linear_bias (C,) or None, of one floating
-    dtype; target, weight, reduction, ignore_index and label_smoothing as of `cross_entropy`. Where logits would take
-    more than 256 MiB they are computed in chunks of classes, and once more in backward; nothing of their size is kept.
-    Under torch.autocast the product is in its dtype and the loss in float32.
+    dtype; target, weight, reduction, ignore_index and label_smoothing as of `cross_entropy`. Under torch.autocast the
+    product is in its dtype and the loss in float32.
+
+    On a GPU, logits of more than 512 MiB, or 1/256 of its memory, are computed in chunks of rows, and nothing of their
+    size is kept. The gradients of a mean or sum are computed beside the loss, and multiplied later, which rounds them
+    once more, by the gradient that comes back for it, unless that is 1. Without reduction they depend on what comes
+    after, and in float16 on the scale of the loss: then, and when backward is called again, the logits are computed
+    once more.
+
+    options: a torch.nn.LinearCrossEntropyOptions, or what has its `batch_chunk_size` and `chunking_method`: chunks of
+    so many rows or, by any method, chunks whose logits take 2 N in_features bytes; slower, for where memory is short.
+    The gradient of the weight may then be rounded after every chunk. Nothing else in it matters: backward can be called
+    again
+    and differentiated. PyTorch's own implementation takes the options where it serves the tensors.
 
     An input of more dimensions, a weight of (C, d1, ..., in_features) and probabilities that need gradients take one
     operation after the other. Raises what `linear` and `cross_entropy` raise.
     """
-    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    how = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     whole = isinstance(linear_weight, Tensor) and linear_weight.dim() == 2
     if not whole or not isinstance(input, Tensor) or input.dim() not in (1, 2) or not isinstance(target, Tensor):
-        return cross_entropy(_logits(input, linear_weight, linear_bias), target, weight, **options)
+        return cross_entropy(_logits(input, linear_weight, linear_bias), target, weight, **how)
     given = [input, linear_weight, linear_bias]
     cast = [None if t is None else autocast(t) for t in given]
     layer = Layer(cast[1], cast[2])  # pyright: ignore[reportArgumentType]
@@ -50,21 +62,35 @@ def linear_cross_entropy(
     assert x is not None
     assert w is not None
     rows = x if x.dim() == 2 else x[None]
-    served = launch.explain(x, w, b, target, weight).backend == "triton"
-    if not served or target.requires_grad or chunk_classes(len(rows), len(w), x.element_size()) >= len(w):
-        return cross_entropy(linear(input, linear_weight, linear_bias), target, weight, **options)
+    served = launch.explain(x, w, b, target, weight).backend == "triton" and not target.requires_grad
+    if not served and options is not None:
+        by_torch = torch.nn.functional.linear_cross_entropy  # pyright: ignore[reportAttributeAccessIssue]
+        return by_torch(input, linear_weight, target, linear_bias=linear_bias, weight=weight, options=options, **how)
+    at_once = _rows_at_once(rows, len(w), options) if served else len(rows)
+    if at_once >= len(rows):
+        return cross_entropy(linear(input, linear_weight, linear_bias), target, weight, **how)
     samples = target if x.dim() == 2 else target[None]
     shape = rows.new_empty(()).expand(len(rows), len(w))
-    check_loss(shape, samples, weight, ignore_index, reduction, label_smoothing)
-    loss = LinearCrossEntropyFunction.apply(
-        rows,
-        w,
-        b,
+    check_loss(shape, samples, weight, **how)
+    args = (
         samples[:, :, None] if samples.is_floating_point() else samples[:, None].long().contiguous(),
         None if weight is None else weight.contiguous(),
-        *(ignore_index, reduction, float(label_smoothing), torch.is_autocast_enabled(input.device.type)),
+        *(at_once, options is not None, ignore_index, reduction, float(label_smoothing), autocasts(input)),
     )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in cast):
+        loss = LinearCrossEntropyFunction.apply(rows, w, b, *args)
+    else:
+        (loss,) = kernel.linear_cross_entropy(rows, w, b, *args[:2], None, (False,) * 3, *args[2:])
     return loss.view(target.shape[: x.dim() - 1]) if reduction == "none" else loss  # pyright: ignore
+
+
+def _rows_at_once(rows: Tensor, classes: int, options: Any) -> int:
+    if options is not None and options.batch_chunk_size is not None:
+        return options.batch_chunk_size
+    limit = kernel.chunk_bytes(rows.device)
+    if options is not None:
+        limit = min(limit, 2 * rows.numel())
+    return kernel.rows_per_chunk(len(rows), classes, rows.element_size(), limit)
 
 
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,41 +106,41 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        b: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        smoothing: float,
-        float32: bool,
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
-        options = ignore_index, reduction, smoothing, float32
-        loss, stats, total_weight = linear_cross_entropy_fwd(x, w, b, target, weight, *options)
-        ctx.save_for_backward(x, w, b, target, weight, stats, total_weight if reduction == "mean" else None)
-        ctx.options = options
+        _, _, _, reduction, _, _ = ctx.options = options
+        # A float16 gradient that knows nothing of the loss's scale would vanish.
+        early = reduction != "none" and x.dtype != torch.float16
+        wanted = ctx.needs_input_grad[:3] if early else (False,) * 3
+        loss, *grads = kernel.linear_cross_entropy(x, w, b, target, weight, None, wanted, *options)
+        ctx.unused = early
+        ctx.save_for_backward(x, w, b, target, weight, *grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, b, target, weight, stats, total_weight = ctx.saved_tensors
-        ignore_index, reduction, smoothing, float32 = ctx.options
+        x, w, b, target, weight, *grads = ctx.saved_tensors
+        _, _, *loss_options = ctx.options
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        nothing = (None,) * 8
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
 
             def again(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
                 logits = torch.nn.functional.linear(x, w, b)[:, :, None]
-                logits = logits.float() if float32 and logits.dtype != torch.float64 else logits
-                options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-                return torch.nn.functional.cross_entropy(logits, target, weight, **options)
+                return torchs_cross_entropy(logits, target, weight, *loss_options)
 
-            grads = differentiable_grads(grad_output, (x, w, b), wanted, again)
+            return *differentiable_grads(grad_output, (x, w, b), wanted, again), *nothing
+        if not grads:
+            grad = per_row(grad_output, (len(x), 1), loss_options[1])
+            _, *grads = kernel.linear_cross_entropy(x, w, b, target, weight, grad, wanted, *ctx.options)
+        elif compiling:
+            grads = [grad * grad_output for grad in grads]
         else:
-            grad = per_row(grad_output, (len(x), 1), reduction)
-            found = linear_cross_entropy_bwd(
-                x, w, b, target, weight, stats, grad, total_weight, ignore_index, smoothing
-            )
-            grads = [g if need else None for g, need in zip([*found, None][:3], wanted, strict=True)]
-        return *grads, *(None,) * 6
+            # In place, for they may be as large as the weight; so they serve only once.
+            if not ctx.unused:
+                _, *grads = kernel.linear_cross_entropy(x, w, b, target, weight, None, wanted, *ctx.options)
+            ctx.unused = False
+            kernel.scale_(grads, grad_output)
+        found = iter(grads)
+        return *(next(found) if need else None for need in wanted), *nothing

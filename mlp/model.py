@@ -77,7 +77,8 @@ class MLP(nn.Sequential):
         dropout: probability, in [0, 1], of zeroing an element after the activation; 0 leaves the layer out.
         bias: whether the linear layers add one.
         init: "auto", "he", "xavier", "orthogonal" or "torch"; see `init_linear`.
-        checkpoint: keep only each hidden layer's input for backward and compute the rest again.
+        checkpoint: keep one activation of each hidden layer for backward, its input or (the kernels, for which that
+            saves a product) what the linear layer returned, and compute the rest again.
         device, dtype: of parameters and buffers.
 
     Raises ValueError or TypeError naming the argument that is out of range or of the wrong type.

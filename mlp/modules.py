@@ -1,6 +1,7 @@
 """Drop-in modules: the constructor, attributes, defaults and state_dict keys of their torch.nn namesakes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 
     The constructor and state_dict keys of torch.nn's, where there is one (2.13). Input (N, in_features); target indices
     (N, *out_features) or probabilities (N, num_classes, *out_features); ignore_index None is -100. Raises what the
-    function raises.
+    function raises. options: see the function.
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: Any = None,
     ) -> None:
         super().__init__(weight, reduction=reduction)
         self.num_classes = num_classes
         self.out_features = out_features
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.options = options
         self.linear = Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -123,4 +126,5 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             reduction=self.reduction,
             ignore_index=-100 if self.ignore_index is None else self.ignore_index,
             label_smoothing=self.label_smoothing,
+            options=self.options,
         )

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from fusemlp.bench.__main__ import main
-from fusemlp.bench.cases import NETS, QUICK_NETS, NetCase
+from fusemlp.bench.cases import LOSSES, NETS, QUICK_NETS, LossCase, NetCase
 from fusemlp.bench.traffic import AtenTraffic, Ceilings, count_eager, count_floor, count_fusemlp
 from fusemlp.kernels import cost
 from fusemlp.kernels.batch_norm import batch_norm_fwd, merge_grad_sums
@@ -147,6 +147,32 @@ def test_every_layer_computes_its_own_products(case, count):
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_plain_nets_are_near_the_floor(case):
     assert total(count_fusemlp(case)) <= 1.25 * total(count_floor(case))
+
+
+def passes(layers, case):
+    return total(layers) / (case.rows * case.classes * case.dtype.itemsize)
+
+
+def test_passes_of_a_loss():
+    """Ours reads the logits, and reads them and writes the gradient. PyTorch reads them and writes logarithms of the
+    probabilities, fills their gradient with zeros, and from both writes that of the logits."""
+    case = LossCase("many classes", 4096, 8192)
+    assert 3 <= passes(count_fusemlp(case), case) < 3.01
+    assert 6 <= passes(count_eager(case), case) < 6.01
+
+
+@pytest.mark.parametrize("case", [case for case in LOSSES if case.in_features is None], ids=lambda case: case.name)
+def test_a_loss_moves_fewer_bytes_than_eager(case):
+    assert total(count_fusemlp(case)) < 0.75 * total(count_eager(case))
+
+
+def test_a_linear_layer_and_its_loss_compute_no_logits_twice():
+    """And so can take no more than 22 ms at the rate and bandwidth measured on an H200."""
+    (case,) = [case for case in LOSSES if case.in_features is not None]
+    counted = count_fusemlp(case)
+    products = [each for each in counted[0] if each.name in ("linear_fwd", "linear_dgrad", "linear_wgrad")]
+    assert sum(each.flops for each in products) == total(count_floor(case), "flops")
+    assert Ceilings(4.3, 770, 5).modelled_us(counted[0]) < 22_000
 
 
 def test_a_launch_takes_the_longer_of_its_transfers_and_its_arithmetic():

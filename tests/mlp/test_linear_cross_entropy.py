@@ -1,26 +1,29 @@
-"""Linear + cross-entropy in chunks of classes: as without chunks, and with little memory."""
+"""Linear + cross-entropy in chunks of rows: as without chunks, and with little memory."""
+
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fusemlp.kernels import cost, launch
+from fusemlp.kernels import linear_cross_entropy as kernel
 from fusemlp.mlp import LinearCrossEntropyLoss
 from fusemlp.mlp import functional as F
 from losses import OPTIONS
 from tolerance import assert_as_close_as_torch
 from torch.nn import functional as torch_F
 
-if launch.HAS_TRITON:
-    from fusemlp.kernels import linear_cross_entropy as kernel
-
 ROWS, IN, CLASSES = 60, 64, 70
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=[70, 32, 7], ids="{} classes at once".format)
+@pytest.fixture(params=[59, 32, 7], ids="{} rows at once".format)
 def chunks(request, monkeypatch):
-    if launch.HAS_TRITON:
-        monkeypatch.setattr(kernel, "chunk_classes", lambda *_: request.param)
-        monkeypatch.setattr("fusemlp.mlp.linear_cross_entropy.chunk_classes", lambda *_: 7)
+    in_chunks_of(request.param, monkeypatch)
+
+
+def in_chunks_of(rows, monkeypatch):
+    monkeypatch.setattr(kernel, "rows_per_chunk", lambda *_: rows)
 
 
 def made(kind="indices", dtype=torch.float32, device="cpu", bias=True, sizes=(ROWS, IN, CLASSES)):
@@ -49,7 +52,8 @@ def results(function, params, target, weight, grad, **options):
 
 
 def assert_three_way(params, target, weight=None, **options):
-    grad = torch.randn((), device=target.device)
+    # A power of two, which gradients computed beforehand are multiplied by without rounding.
+    grad = torch.tensor(-0.5, device=target.device)
     doubles = (
         [t.double() for t in params],
         *(t if t is None or not t.is_floating_point() else t.double() for t in (target, weight)),
@@ -72,8 +76,7 @@ def test_three_way(kind, dtype, bias, chunks, kernels, device):
 
 @pytest.mark.parametrize(("kind", "weighted", "smoothing", "reduction"), OPTIONS)
 def test_options(kind, weighted, smoothing, reduction, kernels, device, monkeypatch):
-    monkeypatch.setattr(kernel, "chunk_classes", lambda *_: 32)
-    monkeypatch.setattr("fusemlp.mlp.linear_cross_entropy.chunk_classes", lambda *_: 32)
+    in_chunks_of(32, monkeypatch)
     weight = torch.rand(CLASSES, device=device) if weighted else None
     assert_three_way(*made(kind, device=device), weight, label_smoothing=smoothing, reduction=reduction)
 
@@ -81,8 +84,7 @@ def test_options(kind, weighted, smoothing, reduction, kernels, device, monkeypa
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_gradcheck(kind, reduction, kernels, device, monkeypatch):
-    monkeypatch.setattr(kernel, "chunk_classes", lambda *_: 4)
-    monkeypatch.setattr("fusemlp.mlp.linear_cross_entropy.chunk_classes", lambda *_: 4)
+    in_chunks_of(2, monkeypatch)
     params, target = made(kind, torch.float64, device, sizes=(5, 3, 9))
 
     def function(x, w, b):
@@ -99,13 +101,80 @@ def test_the_same_bits_every_time(chunks, kernels, device):
     assert all(map(torch.equal, *(results(ours, params, target, None, grad) for _ in range(2))))
 
 
-def test_evaluation_keeps_nothing_and_reads_each_chunk_once(chunks, kernels, device):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_loss_that_is_scaled_scales_its_gradients(dtype, chunks, kernels, device):
+    params, target = made(dtype=dtype, device=device)
+    one, seventh = (
+        results(ours, params, target, None, torch.tensor(g, dtype=dtype, device=device)) for g in (1.0, 1 / 7)
+    )
+    factor = torch.tensor(1 / 7, dtype=dtype, device=device)
+    for plain, scaled in zip(one[1:], seventh[1:], strict=True):
+        assert torch.equal(scaled, plain * factor)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_gives_the_same_bits(reduction, chunks, kernels, device):
+    params, target = made(device=device)
+    leaves = [t.requires_grad_() for t in params]
+    loss = F.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction)
+    seen = torch.full_like(loss, 0.7)
+    first = [t.clone() for t in torch.autograd.grad(loss, leaves, seen, retain_graph=True)]
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves, seen)))
+
+
+def test_gradients_handed_out_are_not_written_again(chunks, kernels, device):
+    params, target = made(device=device)
+    leaves = [t.requires_grad_() for t in params]
+    loss = F.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2])
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [t.clone() for t in first]
+    torch.autograd.grad(3 * loss, leaves)
+    assert all(map(torch.equal, first, kept))
+
+
+def launched(call):
+    with cost.ledger() as ledger:
+        call()
+    return [each.name for each in ledger.launches], ledger
+
+
+def test_evaluation_computes_each_chunk_once(chunks, kernels, device):
     (x, w, b), target = made(device=device)
-    with torch.no_grad(), cost.ledger() as ledger:
-        F.linear_cross_entropy(x, w, target, linear_bias=b)
-    names = [each.name for each in ledger.launches]
-    assert names.count("linear_fwd") == names.count("cross_entropy_fwd")
-    assert set(names) == {"linear_fwd", "cross_entropy_fwd", "cross_entropy_merge", "cross_entropy_reduce"}
+    names, _ = launched(lambda: F.linear_cross_entropy(x, w, target, linear_bias=b))
+    assert names.count("linear_fwd") == -(-ROWS // kernel.rows_per_chunk())
+    assert set(names) <= {"linear_fwd", "cross_entropy_fwd", "cross_entropy_merge", "cross_entropy_reduce"}
+
+
+@pytest.mark.parametrize(
+    ("reduction", "dtype", "products"),
+    [("mean", torch.bfloat16, 3), ("sum", torch.float32, 3), ("mean", torch.float16, 4), ("none", torch.float32, 4)],
+    ids=str,
+)
+def test_logits_are_computed_once_where_the_loss_scale_does_not_matter(
+    reduction, dtype, products, kernels, device, monkeypatch
+):
+    in_chunks_of(32, monkeypatch)
+    params, target = made(dtype=dtype, device=device, bias=False)
+    grad = torch.ones((), device=device)
+    _, ledger = launched(lambda: results(ours, params, target, None, grad, reduction=reduction))
+    flops = sum(each.flops for each in ledger.launches if each.name.startswith("linear") and "reduce" not in each.name)
+    assert flops == products * 2 * ROWS * IN * CLASSES
+
+
+def test_gradients_of_float16_do_not_vanish_under_a_loss_scale(kernels, device, monkeypatch):
+    """Of 4096 rows and classes, most entries of dL/dO are below what float16 can hold; the scale lifts them."""
+    in_chunks_of(64, monkeypatch)
+    (x, w), target = made(dtype=torch.float16, device=device, bias=False, sizes=(128, 32, 512))
+    scale = torch.tensor(2.0**15, device=device)
+    grads = [
+        results(function, (p, q), target.clamp(min=0), None, scale)[1:]
+        for function, (p, q) in (
+            (lambda *a, **k: ours(*a, **k) / 512, (x, w)),
+            (lambda *a, **k: torchs(*a, **k) / 512, (x.double(), w.double())),
+        )
+    ]
+    for mine, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=0.02, atol=2e-3 * truth.abs().max().item())
 
 
 @pytest.mark.parametrize(("frozen", "absent"), [(0, "dx"), (1, "dw"), (2, "db")])
@@ -116,21 +185,72 @@ def test_frozen_tensors_get_no_gradient(frozen, absent, chunks, kernels, device)
     assert [t.grad is None for t in leaves] == [i == frozen for i in range(3)]
 
 
+def largest_chunk(rows, classes, itemsize=2, limit=kernel.MAX_CHUNK_BYTES):
+    return kernel.rows_per_chunk(rows, classes, itemsize, limit) * -(-classes // kernel.PITCH) * kernel.PITCH * itemsize
+
+
 def test_memory_of_a_large_head():
-    """4096 rows, 4096 features, 131,072 classes in bfloat16: all that backward holds beside inputs and gradients."""
-    rows, features, classes, itemsize = 4096, 4096, 131072, 2
-    logits = rows * kernel.chunk_classes(rows, classes, itemsize) * itemsize
-    dx_in_float32, per_row = 4 * rows * features, 16 * 4 * rows
-    assert logits + dx_in_float32 + per_row <= 2**30
+    """4096 rows, 4096 features, 131,072 classes in bfloat16: all beside inputs and gradients stays below 1 GiB."""
+    rows, classes, per_row, per_class = 4096, 131072, 3 * 4, 2 * 4
+    assert largest_chunk(rows, classes) + rows * per_row + classes * per_class <= 2**30
 
 
 @pytest.mark.parametrize("rows", [1, 100, 4096, 10**6])
 @pytest.mark.parametrize("classes", [5, 2048, 50_257, 262_144])
-def test_chunks_are_bounded_and_whole_tiles(rows, classes):
-    at_once = kernel.chunk_classes(rows, classes, 2)
-    assert 0 < at_once <= classes
-    assert at_once == classes or at_once % 256 == 0
-    assert rows * at_once * 2 <= kernel.CHUNK_BYTES or at_once == min(classes, kernel.MIN_CLASSES)
+def test_chunks_are_bounded_and_alike(rows, classes):
+    at_once = kernel.rows_per_chunk(rows, classes, 2, kernel.MAX_CHUNK_BYTES)
+    assert 0 < at_once <= rows
+    assert at_once == rows or at_once % 128 == 0
+    assert largest_chunk(rows, classes) <= kernel.MAX_CHUNK_BYTES
+    assert (-rows % at_once) < at_once / 2 + 128
+
+
+def peak_memory(call):
+    """Bytes that PyTorch held at most beyond what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return max(itertools.accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
+
+
+def trained(params, target, **options):
+    return lambda: F.linear_cross_entropy(*params, target, **options).backward()
+
+
+def test_memory_of_a_step(kernels, device, monkeypatch):
+    """Beside the gradients a step takes one chunk's logits and sums over chunks no larger."""
+    in_chunks_of(32, monkeypatch)
+    (x, w), target = made(device=device, bias=False, sizes=(128, 64, 1024))
+    leaves = [t.requires_grad_() for t in (x, w)]
+    chunk = 32 * 1024 * 4
+    assert x.nbytes + w.nbytes + chunk < peak_memory(trained(leaves, target)) < x.nbytes + w.nbytes + 2.1 * chunk
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this PyTorch has no such options")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_short_of_memory_no_more_than_torchs_own_chunks(dtype, device):
+    options = torch.nn.LinearCrossEntropyOptions()
+    params, target = made(dtype=dtype, device=device, bias=False, sizes=(64, 32, 512))
+    peaks = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in params]
+        with launch.backend(backend):
+            peaks.append(peak_memory(trained(leaves, target.clamp(min=0), options=options)))
+    assert peaks[0] <= peaks[1]
+
+
+@pytest.mark.parametrize("rows", [None, 16], ids="batch_chunk_size={}".format)
+def test_options_of_torchs_choose_the_chunks(rows, kernels, device):
+    options = SimpleNamespace(batch_chunk_size=rows, chunking_method=None if rows else "auto")
+    (x, w), target = made(device=device, bias=False, sizes=(32, 32, 256))
+    names, _ = launched(lambda: F.linear_cross_entropy(x, w, target, options=options))
+    assert names.count("linear_fwd") == (2 if rows else 16)
+    torch.testing.assert_close(F.linear_cross_entropy(x, w, target, options=options), torchs(x, w, None, target, None))
 
 
 def test_small_logits_are_kept_whole(kernels, device):

@@ -78,13 +78,12 @@ def test_torchs_own_samples_of_linear_cross_entropy(backend, chunked, device, mo
     if op is None:
         pytest.skip("this PyTorch has no linear_cross_entropy")
     if chunked:
-        monkeypatch.setattr("fusemlp.mlp.linear_cross_entropy.chunk_classes", lambda *_: 0)
-        monkeypatch.setattr("fusemlp.kernels.linear_cross_entropy.chunk_classes", lambda *_: 2)
+        monkeypatch.setattr("fusemlp.kernels.linear_cross_entropy.rows_per_chunk", lambda *_: 2)
     samples = list(op.sample_inputs(device, torch.float64, requires_grad=False))
     assert len(samples) > 5
     with launch.backend(backend):
         for sample in samples:
-            options = {name: value for name, value in sample.kwargs.items() if name != "options"}
+            options = dict(sample.kwargs)
             expected = op(sample.input, *sample.args, **sample.kwargs)
             if options.get("ignore_index", -100) is None:
                 options["ignore_index"] = -100
