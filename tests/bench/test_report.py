@@ -46,6 +46,8 @@ def test_the_traffic_table_has_a_row_per_case(results):
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| quick")] == [
         "| quick plain",
         "| quick BN + dropout",
+        "| quick cross-entropy",
+        "| quick linear + cross-entropy",
     ]
 
 
