@@ -60,24 +60,24 @@ def normalize(x, norm, col, N, BLOCK_N: tl.constexpr):
 @triton.jit
 def normalized_grad(
     dy, x, norm, dropout, FNS: tl.constexpr, row, col, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """du and xhat of a tile."""
     xhat, u = normalize(x, norm, col, N, BLOCK_N)
-    return FNS[0](drop(dy, dropout, row, col, BLOCK_M, BLOCK_N, ALIGNED), u, FNS), xhat
+    return FNS[0](drop(dy, dropout, row, col, BLOCK_M, BLOCK_N), u, FNS), xhat
 
 
 @triton.jit
 def _apply_kernel(
     x_ptr, y_ptr, norm, dropout, M, N, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True)
     _, u = normalize(x.to(ACC_DTYPE), norm, col, N, BLOCK_N)
-    y = drop(FNS[1](u), dropout, row, col, BLOCK_M, BLOCK_N, ALIGNED)
+    y = drop(FNS[1](u), dropout, row, col, BLOCK_M, BLOCK_N)
     store_tile(y_ptr, y, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
@@ -85,7 +85,7 @@ def _apply_kernel(
 def _grad_sums_kernel(
     dy_ptr, x_ptr, partial_ptr, norm, dropout, M, N, splits, rows_per_split,
     stride_ym, stride_yn, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums of du and du xhat over a range of rows: partial (2, splits, N)."""
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -99,7 +99,7 @@ def _grad_sums_kernel(
     for row in range(begin, end, BLOCK_M):
         dy = load_tile(dy_ptr, row, col, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-        du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, ALIGNED)
+        du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
         du_sum += column_sums(du)
         du_xhat_sum += column_sums(du * xhat)
     store_partial(partial_ptr, du_sum, du_xhat_sum, split, splits, col, N, BLOCK_N)
@@ -133,14 +133,14 @@ def _merge_grad_sums_kernel(
 @triton.jit
 def _apply_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, norm, sums_ptr, dropout, M, N, stride_ym, stride_yn, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     dy = load_tile(dy_ptr, row, col, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-    dx, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, ALIGNED)
+    dx, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
     if sums_ptr is not None:
         du_mean = load_columns(sums_ptr, col, N, ACC_DTYPE, BLOCK_N) / M
         du_xhat_mean = load_columns(sums_ptr + N, col, N, ACC_DTYPE, BLOCK_N) / M
@@ -160,9 +160,9 @@ def norm_args(
     return None if mean is None else (mean, var, weight, bias, eps)
 
 
-def dropout_args(p: float, seed: Tensor | None) -> tuple[Any, ...] | None:
+def dropout_args(p: float, seed: Tensor | None, col_offset: int = 0) -> tuple[Any, ...] | None:
     """What `drop` takes."""
-    return None if seed is None else Dropout(p, seed).args()
+    return None if seed is None else Dropout(p, seed, col_offset=col_offset).args()
 
 
 def _batch_norm_fwd_outputs(x: Tensor, *_: Any) -> list[Tensor]:
@@ -180,17 +180,21 @@ def batch_norm_fwd(
     activation: str | None,
     p: float,
     seed: Tensor | None,
+    col_offset: int = 0,
 ) -> list[Tensor]:
-    """[dropout(act(u))] for x (M, N), in one pass. No mean: not normalised; no seed: nothing dropped."""
-    (y,) = outputs = [x.new_empty(x.shape)]
+    """[dropout(act(u))] for x (M, N), in one pass. No mean: not normalised; no seed: nothing dropped.
+
+    col_offset: where x begins among the columns of a matrix of which it is a part.
+    """
+    (y,) = outputs = _batch_norm_fwd_outputs(x)
     launch.check_addressable(x)
     M, N = x.shape
     norm = norm_args(mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_kernel, -(-M // block_m) * -(-N // block_n), x.device,
-        x, y, norm, dropout_args(p, seed), M, N, *x.stride(),
-        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
+        x, y, norm, dropout_args(p, seed, col_offset), M, N, *x.stride(),
+        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_fwd", 0, (x, y, seed, *(norm or ())[:4]))
@@ -224,6 +228,7 @@ def _batch_norm_bwd_sums_outputs(
     activation: str | None,
     p: float,
     seed: Tensor | None,
+    col_offset: int = 0,
 ) -> list[Tensor]:
     sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
     return [sums, *(torch.empty_like(t) for t in (weight, bias) if t is not None)]
@@ -241,6 +246,7 @@ def batch_norm_bwd_sums(
     activation: str | None,
     p: float,
     seed: Tensor | None,
+    col_offset: int = 0,
 ) -> list[Tensor]:
     """[sums, dweight, dbias] as `merge_grad_sums`, for dy (M, N), the gradient of `batch_norm_fwd`'s result."""
     launch.check_addressable(dy, x)
@@ -251,9 +257,9 @@ def batch_norm_bwd_sums(
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _grad_sums_kernel, splits * -(-N // block_n), x.device,
-        dy, x, partial, norm_args(mean, var, weight, bias, eps), dropout_args(p, seed), M, N, splits, rows_per_split,
-        *dy.stride(), *x.stride(),
-        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
+        dy, x, partial, norm_args(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset),
+        M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
+        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_grad_sums", 0, (dy, x, seed, mean, var, weight, bias, partial))
@@ -277,17 +283,18 @@ def batch_norm_bwd(
     activation: str | None,
     p: float,
     seed: Tensor | None,
+    col_offset: int = 0,
 ) -> list[Tensor]:
     """[dx] of `batch_norm_fwd` for dy (M, N): one pass. sums: of `merge_grad_sums`; None for running averages."""
-    (dx,) = outputs = [x.new_empty(x.shape)]
+    (dx,) = outputs = _batch_norm_bwd_outputs(dy, x)
     launch.check_addressable(dy, x)
     M, N = x.shape
     norm = norm_args(mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_bwd_kernel, -(-M // block_m) * -(-N // block_n), x.device,
-        dy, x, dx, norm, sums, dropout_args(p, seed), M, N, *dy.stride(), *x.stride(),
-        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=True,
+        dy, x, dx, norm, sums, dropout_args(p, seed, col_offset), M, N, *dy.stride(), *x.stride(),
+        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, *(norm or ())[:4]))

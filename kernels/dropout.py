@@ -1,6 +1,6 @@
 """Dropout: y = x keep / (1 - p), keep a function of seed and place (see `random`). Its gradient is the same of dy."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -25,24 +25,21 @@ class Dropout(NamedTuple):
     row_offset: int = 0
     col_offset: int = 0
 
-    def args(self) -> tuple[Tensor, int, int, int, int, float]:
+    def args(self) -> tuple[Any, ...]:
         """What `drop` takes."""
-        return self.seed, self.stream, self.row_offset, self.col_offset, threshold(self.p), 1 / (1 - self.p)
-
-    @property
-    def aligned(self) -> bool:
-        return self.col_offset % 8 == 0
+        offsets = self.row_offset, self.col_offset, self.col_offset % 8 or None
+        return self.seed, self.stream, *offsets, threshold(self.p), 1 / (1 - self.p)
 
 
 @triton.jit
-def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile of x with elements dropped and the others scaled up; all of it if `dropout` is None."""
     if dropout is None:
         return x
     else:
-        seed_ptr, stream, row_offset, col_offset, threshold, scale = dropout
+        seed_ptr, stream, row_offset, col_offset, misaligned, threshold, scale = dropout
         keep = keep_tile(
-            seed_ptr, stream, row_offset + row, col_offset + col, threshold, BLOCK_M, BLOCK_N, ALIGNED
+            seed_ptr, stream, row_offset + row, col_offset + col, threshold, BLOCK_M, BLOCK_N, misaligned is None
         )  # fmt: skip
         return tl.where(keep, x * scale, 0.0)
 
@@ -50,13 +47,13 @@ def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALI
 @triton.jit
 def _dropout_kernel(
     x_ptr, y_ptr, dropout, M, N, stride_xm, stride_xn,
-    ACC_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True)
-    y = drop(x.to(ACC_DTYPE), dropout, row, col, BLOCK_M, BLOCK_N, ALIGNED)
+    y = drop(x.to(ACC_DTYPE), dropout, row, col, BLOCK_M, BLOCK_N)
     store_tile(y_ptr, y, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
@@ -71,7 +68,7 @@ def dropout(
     x: Tensor, p: float, seed: Tensor, stream: int = 0, row_offset: int = 0, col_offset: int = 0
 ) -> list[Tensor]:
     """[x keep / (1 - p)] for x (M, N) with any strides, 0 <= p < 1; see `Dropout`."""
-    (y,) = outputs = _dropout_outputs(x, p, seed, stream, row_offset, col_offset)
+    (y,) = outputs = _dropout_outputs(x, p, seed)
     launch.check_addressable(x)
     M, N = x.shape
     chosen = Dropout(p, seed, stream, row_offset, col_offset)
@@ -79,7 +76,7 @@ def dropout(
     launch.launch(
         _dropout_kernel, -(-M // block_m) * -(-N // block_n), x.device,
         x, y, chosen.args(), M, N, *x.stride(),
-        ACC_DTYPE=triton_acc_dtype(x.dtype), ALIGNED=chosen.aligned, BLOCK_M=block_m, BLOCK_N=block_n,
+        ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("dropout", 0, (x, y, seed))
     return outputs

@@ -182,7 +182,7 @@ def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.con
     x_ptr, stride_x, norm, dropout, partial_ptr = args
     ptrs, mask = tile_pointers(x_ptr, row, col, M, N, stride_x, 1, BLOCK_M, BLOCK_N)
     x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
-    du, xhat = normalized_grad(acc, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N, True)
+    du, xhat = normalized_grad(acc, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
     if partial_ptr is not None:
         stored = rounded(du, x_ptr.dtype.element_ty)
         du_sum, du_xhat_sum = column_sums(stored), column_sums(stored * xhat)

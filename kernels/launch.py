@@ -174,7 +174,7 @@ def check_linear_chain(input: Tensor, layers: Sequence[Any], activations: Collec
     """
     _check_dtype(input)
     features = input.shape[-1] if input.dim() else None
-    for weight, bias, activation, norm, _ in layers:
+    for weight, bias, activation, norm, *_ in layers:
         _check_activation(activation, activations)
         if weight.dim() != 2:
             raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (out_features, in_features)")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .chain import Kept, Layer, block_again, count_batch, differentiable_grads
-from .reference import Norm
+from .reference import Columns, Norm
 
 if launch.HAS_TRITON:
     from ..kernels.batch_norm import batch_norm_bwd, batch_norm_bwd_sums, batch_norm_fwd
@@ -63,21 +63,27 @@ def batch_norm_act_dropout(
     return norm_act_dropout(input, norm, activation, p if training else 0.0)
 
 
-def norm_act_dropout(input: Tensor, norm: Norm | None, activation: str | None, p: float) -> Tensor:
-    """`batch_norm_act_dropout` of a layer here and now: drops whatever the mode, counts the batch if told to."""
+def norm_act_dropout(
+    input: Tensor, norm: Norm | None, activation: str | None, p: float, columns: Columns | None = None
+) -> Tensor:
+    """`batch_norm_act_dropout` of a layer here and now: drops whatever the mode, counts the batch if told to.
+
+    columns: which ones of a whole matrix (N, C) the input holds.
+    """
     tensors = norm[:5] if norm is not None else ()
     launch.check_norm(input, norm, activation, reference.ACTIVATIONS)
     if p == 1 or launch.explain(input, *tensors, product=False).backend == "torch":
-        return reference.block(input, norm, activation, p)
+        return reference.block(input, norm, activation, p, columns)
     rows = input.movedim(1, -1)
-    output = _norm_act_dropout_rows(rows.reshape(-1, rows.shape[-1]), norm, activation, p)
+    offset = columns.first if columns else 0
+    output = _norm_act_dropout_rows(rows.reshape(-1, rows.shape[-1]), norm, activation, p, offset)
     return output.view(rows.shape).movedim(-1, 1)
 
 
-def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float) -> Tensor:
+def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float, offset: int) -> Tensor:
     (seed,) = draw_seeds(1, rows.device) if p else (None,)
     if norm is None:
-        return NormActDropoutFunction.apply(rows, None, None, None, None, seed, 0.0, activation, p, False)  # pyright: ignore
+        return NormActDropoutFunction.apply(rows, None, None, None, None, seed, 0.0, activation, p, offset, False)  # pyright: ignore
     mean, var = norm.running_mean, norm.running_var
     if norm.batch_stats:
         if torch.compiler.is_compiling():
@@ -86,7 +92,7 @@ def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | No
         else:
             mean, var = column_moments(rows.detach(), *count_batch(norm))
     return NormActDropoutFunction.apply(  # pyright: ignore[reportReturnType]
-        rows, mean, var, norm.weight, norm.bias, seed, norm.eps, activation, p, norm.batch_stats
+        rows, mean, var, norm.weight, norm.bias, seed, norm.eps, activation, p, offset, norm.batch_stats
     )
 
 
@@ -119,28 +125,29 @@ class NormActDropoutFunction(torch.autograd.Function):
         eps: float,
         activation: str | None,
         p: float,
+        offset: int,
         batch_stats: bool,
     ) -> Tensor:
         ctx.save_for_backward(input, mean, var, weight, bias, seed)
-        ctx.options = eps, activation, p, batch_stats
-        return batch_norm_fwd(input, mean, var, weight, bias, eps, activation, p, seed)[0]
+        ctx.options = eps, activation, p, offset, batch_stats
+        return batch_norm_fwd(input, mean, var, weight, bias, eps, activation, p, seed, offset)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         input, mean, var, weight, bias, seed = ctx.saved_tensors
-        eps, activation, p, batch_stats = ctx.options
+        eps, activation, p, offset, batch_stats = ctx.options
         input_needs, weight_needs, bias_needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             again = Kept(None, input, mean, var, seed)
             norm = None if mean is None else Norm(None, None, None, None, None, batch_stats, eps=eps)
-            layer = Layer(None, None, activation, norm, p)  # pyright: ignore[reportArgumentType]
+            layer = Layer(None, None, activation, norm, p, Columns(offset, 0))  # pyright: ignore[reportArgumentType]
             wanted = input_needs, weight_needs, bias_needs
             dx, dweight, dbias = differentiable_grads(
                 grad_output, (input, weight, bias), wanted, lambda x, *affine: block_again(x, layer, affine, again)
             )
-            return dx, None, None, dweight, dbias, *(None,) * 5
+            return dx, None, None, dweight, dbias, *(None,) * 6
 
-        norm, tail = (mean, var, weight, bias, eps), (activation, p, seed)
+        norm, tail = (mean, var, weight, bias, eps), (activation, p, seed, offset)
         sums = None
         params = iter(())
         if mean is not None and (batch_stats or weight_needs or bias_needs):
@@ -150,4 +157,4 @@ class NormActDropoutFunction(torch.autograd.Function):
         dx = None
         if input_needs:
             (dx,) = batch_norm_bwd(grad_output, input, *norm, sums if batch_stats else None, *tail)
-        return dx, None, None, dweight if weight_needs else None, dbias if bias_needs else None, *(None,) * 5
+        return dx, None, None, dweight if weight_needs else None, dbias if bias_needs else None, *(None,) * 6

@@ -10,7 +10,7 @@ other keeps Z_l, normalises, activates and drops in one pass of its own, and com
 # (kernels are called only where launch.explain has found Triton; what is None depends on a layer's kind)
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .dropout import DropoutFunction
-from .reference import Norm
+from .reference import Columns, Norm
 
 if launch.HAS_TRITON:
     from ..kernels.activation import ACTIVATIONS
@@ -46,17 +46,37 @@ if launch.HAS_TRITON:
 
 
 class Layer(NamedTuple):
-    """A linear layer and what follows it; dropout with probability p in [0, 1), here and now."""
+    """A linear layer and what follows it; dropout with probability p in [0, 1), here and now.
+
+    columns: which ones of the whole output it computes, if not all.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     activation: str | None = None
     norm: Norm | None = None
     p: float = 0.0
+    columns: Columns | None = None
+
+    @property
+    def offset(self) -> int:
+        return self.columns.first if self.columns else 0
 
     @property
     def plain(self) -> bool:
         return self.norm is None and not self.p
+
+
+class Entrance(Protocol):
+    """What brought a chain its input from other processes, and takes the input's gradient back to them."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The input; its gradient, differentiable itself, goes the way back."""
+        ...
+
+    def start(self, grad: Tensor) -> Callable[[], Tensor]:
+        """Send a fresh gradient on its way back; the call that is returned waits for what comes of it."""
+        ...
 
 
 class Kept(NamedTuple):
@@ -110,7 +130,7 @@ def _norm(layer: Layer, kept: Kept) -> tuple[Tensor | None, Tensor | None, Tenso
 
 def _block(layer: Layer, kept: Kept) -> Tensor:
     """The layer's output from its preactivation."""
-    return batch_norm_fwd(kept.preact, *_norm(layer, kept), layer.activation, layer.p, kept.seed)[0]
+    return batch_norm_fwd(kept.preact, *_norm(layer, kept), layer.activation, layer.p, kept.seed, layer.offset)[0]
 
 
 def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
@@ -138,7 +158,7 @@ def _backward_top(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
     """Through all that follows the product, for a gradient that no dgrad of ours produced."""
     if layer.plain:
         return Grads(grad if layer.activation is None else activation_bwd(grad, layer.activation, kept.preact)[0])
-    tail = layer.activation, layer.p, kept.seed
+    tail = layer.activation, layer.p, kept.seed, layer.offset
     sums = batch_norm_bwd_sums(grad, kept.preact, *_norm(layer, kept), *tail) if layer.norm else None
     return _through_norm(layer, kept, grad, sums, *tail)
 
@@ -147,21 +167,28 @@ def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Gra
     """Through a product and all that follows the product below it."""
     if below.plain:
         return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
-    norm, dropped = norm_args(*_norm(below, kept)), dropout_args(below.p, kept.seed)
+    norm, dropped = norm_args(*_norm(below, kept)), dropout_args(below.p, kept.seed, below.offset)
     du, partial = linear_dgrad_norm(dz, weight, kept.preact, norm, dropped, below.activation)
     if below.norm is None:
         return Grads(du)
-    return _through_norm(below, kept, du, merge_grad_sums(partial, *below.norm[:2]), None, 0.0, None)
+    return _through_norm(below, kept, du, merge_grad_sums(partial, *below.norm[:2]))
 
 
 def _through_norm(
-    layer: Layer, kept: Kept, grad: Tensor, sums: list[Tensor] | None, activation: str | None, p: float, seed: Any
+    layer: Layer,
+    kept: Kept,
+    grad: Tensor,
+    sums: list[Tensor] | None,
+    activation: str | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: int = 0,
 ) -> Grads:
     """From a gradient, and the activation and dropout that it has not been through yet, and sums that belong to it."""
     total, *params = sums or [None]
     batch_stats = layer.norm is not None and layer.norm.batch_stats
     args = *_norm(layer, kept), total if batch_stats else None
-    (dz,) = batch_norm_bwd(grad, kept.preact, *args, activation, p, seed)
+    (dz,) = batch_norm_bwd(grad, kept.preact, *args, activation, p, seed, offset)
     found = iter(params)
     return Grads(dz, *(None if t is None else next(found) for t in (layer.norm[:2] if layer.norm else (None, None))))
 
@@ -190,9 +217,16 @@ class LinearFunction(torch.autograd.Function):
     """A chain of layers, given without their parameters, on a matrix of rows as one autograd node; see above."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layers: Sequence[Layer], recompute: bool, *params: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        layers: Sequence[Layer],
+        recompute: bool,
+        entrance: Entrance | None,
+        *params: Tensor | None,
+    ) -> Tensor:
         kept = _forward(input, list(_with_params(layers, params)), save=True)
-        ctx.layers = layers
+        ctx.layers, ctx.entrance = layers, entrance
         output = kept[-1].postact
         assert output is not None
         kept[-1] = kept[-1]._replace(postact=None)
@@ -209,22 +243,28 @@ class LinearFunction(torch.autograd.Function):
         size = len(Kept._fields)
         kept = [Kept(*rest[size * number : size * (number + 1)]) for number in range(depth)]
         layers = list(_with_params(ctx.layers, params))
-        input_needs, _, _, *params_need = ctx.needs_input_grad
+        input_needs, _, _, _, *params_need = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            enter = ctx.entrance or (lambda input: input)
             input_grad, *grads = differentiable_grads(
                 grad_output,
                 (input, *params),
                 (input_needs, *params_need),
-                lambda x, *leaves: _chain_again(x, list(_with_params(layers, leaves)), kept),
+                lambda x, *leaves: _chain_again(enter(x), list(_with_params(layers, leaves)), kept),
             )
-            return input_grad, None, None, *grads
+            return input_grad, None, None, None, *grads
 
         # Layer l's dZ is wanted by its own parameters and by everything below it.
         lowest = 0 if input_needs else next(i for i, need in enumerate(params_need) if need) // PARAMS
         grads: list[Tensor | None] = [None] * (PARAMS * depth)
         unreduced: list[Unreduced] = []
         found = _backward_top(layers[-1], kept[-1], grad_output)
+        input_grad = finish = None
         for number in range(depth - 1, lowest - 1, -1):
+            if number == 0 and input_needs:
+                # Before the gradients of parameters, so that what it goes through runs beside them.
+                (input_grad,) = linear_dgrad(found.dz, params[0])
+                finish = ctx.entrance.start(input_grad) if ctx.entrance else None
             weight_needs, bias_needs, *norm_needs = params_need[PARAMS * number : PARAMS * (number + 1)]
             of_norm = [grad if need else None for grad, need in zip(found[1:], norm_needs, strict=True)]
             of_linear: list[Tensor | None] = [None, None]
@@ -239,9 +279,8 @@ class LinearFunction(torch.autograd.Function):
             grads[PARAMS * number : PARAMS * (number + 1)] = [*of_linear, *of_norm]
             if number > lowest:
                 found = _backward_below(found.dz, params[PARAMS * number], layers[number - 1], kept[number - 1])
-        input_grad = linear_dgrad(found.dz, params[0])[0] if input_needs else None
         reduce_splits(unreduced)
-        return input_grad, None, None, *grads
+        return finish() if finish else input_grad, None, None, None, *grads
 
 
 def _least(layer: Layer, kept: Kept) -> Kept:
@@ -283,14 +322,16 @@ def block_again(preact: Tensor, layer: Layer, affine: Sequence[Tensor | None], k
         mean, var = (None, None) if norm.batch_stats else (kept.mean, kept.var)
         norm = Norm(weight, bias, mean, var, batch_stats=norm.batch_stats, eps=norm.eps)
     output = reference.block(preact, norm, layer.activation)
-    return output if kept.seed is None else DropoutFunction.apply(output, kept.seed, layer.p)  # pyright: ignore
+    return output if kept.seed is None else DropoutFunction.apply(output, kept.seed, layer.p, layer.offset)  # pyright: ignore
 
 
-def run_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False) -> Tensor:
+def run_chain(
+    input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
+) -> Tensor:
     """The chain on a matrix of rows, by the kernels; recompute: keep less for backward and compute it again."""
     params = _params(layers)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
-        return LinearFunction.apply(input, _without_params(layers), recompute, *params)  # pyright: ignore[reportReturnType]
+        return LinearFunction.apply(input, _without_params(layers), recompute, entrance, *params)  # pyright: ignore[reportReturnType]
     output = _forward(input, layers, save=False)[-1].postact
     assert output is not None
     return output

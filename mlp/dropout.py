@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch
+from . import reference
+from .reference import Columns
 
 if launch.HAS_TRITON:
     from ..kernels import dropout as kernel
@@ -25,24 +27,29 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     launch.check_probability(p)
     if not training or p == 0:
         return input
+    return drop(input, p)
+
+
+def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
+    """Dropout whatever the mode, 0 < p <= 1, of a whole input or of these columns of one."""
     if launch.explain(input, product=False).backend == "torch":
-        return torch.nn.functional.dropout(input, p)
+        return reference.dropout(input, p, columns)
     if p == 1:
         return input * 0
     (seed,) = draw_seeds(1, input.device)
     rows = input.reshape(-1, input.shape[-1] if input.dim() > 1 else input.numel())
-    return DropoutFunction.apply(rows, seed, p).view(input.shape)  # pyright: ignore
+    return DropoutFunction.apply(rows, seed, p, columns.first if columns else 0).view(input.shape)  # pyright: ignore
 
 
 class DropoutFunction(torch.autograd.Function):
     """Dropout of a matrix: linear, so that its derivatives of every order are dropouts with the same seed."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, seed: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, input: Tensor, seed: Tensor, p: float, col_offset: int) -> Tensor:
         ctx.save_for_backward(seed)
-        ctx.p = p
-        return kernel.dropout(input, p, seed)[0]
+        ctx.place = p, col_offset
+        return kernel.dropout(input, p, seed, col_offset=col_offset)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return DropoutFunction.apply(grad_output, *ctx.saved_tensors, ctx.p), None, None  # pyright: ignore
+        return DropoutFunction.apply(grad_output, *ctx.saved_tensors, *ctx.place), None, None, None  # pyright: ignore

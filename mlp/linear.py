@@ -8,15 +8,18 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .batch_norm import norm_act_dropout
-from .chain import Layer, run_chain
+from .chain import Entrance, Layer, run_chain
 
 
-def linear_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False) -> Tensor:
+def linear_chain(
+    input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
+) -> Tensor:
     """Linear layers, each with the normalisation, activation and dropout that follow it, as one autograd node.
 
     input (*, in_features), (N, in_features) if a layer normalises, and every weight (out_features, in_features) and
     bias (out_features,) have one floating dtype and device; under torch.autocast they are cast to its dtype. Returns
-    (*, out_features of the last layer). recompute: keep less for backward, and compute it again there.
+    (*, out_features of the last layer). recompute: keep less for backward, and compute it again there. entrance: what
+    the input's gradient goes through on its way back, while the kernels compute those of the parameters.
 
     Raises ValueError for a wrong shape, device or activation name, TypeError for a wrong dtype.
     """
@@ -30,10 +33,10 @@ def linear_chain(input: Tensor, layers: Sequence[Layer], recompute: bool = False
     served = launch.explain(input, *(t for layer in layers for t in (layer.weight, layer.bias))).backend == "triton"
     # A compiler sees an operator for each pass; what the fused ones work on has shapes that depend on their tiles.
     if not served or (torch.compiler.is_compiling() and not all(layer.plain for layer in layers)):
-        return _layer_by_layer(input, layers, served)
+        return _layer_by_layer(entrance(input) if entrance else input, layers, served)
 
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    output = run_chain(rows, layers, recompute)
+    output = run_chain(rows, layers, recompute, entrance)
     return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
 
 
@@ -45,7 +48,7 @@ def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool) -> Ten
         else:
             input = reference.linear(input, product.weight, product.bias, product.activation)
         if not layer.plain:
-            input = norm_act_dropout(input, layer.norm, layer.activation, layer.p)
+            input = norm_act_dropout(input, layer.norm, layer.activation, layer.p, layer.columns)
     return input
 
 

@@ -64,8 +64,25 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
     )
 
 
-def block(input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0) -> Tensor:
+class Columns(NamedTuple):
+    """Which columns of a whole matrix a part of it holds, from `first` on, and how many the whole one has."""
+
+    first: int
+    total: int
+
+
+def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
+    """Dropout, whatever the mode; of a part of the last dimension as the whole input would have it."""
+    if columns is None:
+        return F.dropout(input, p)
+    keep = F.dropout(input.new_ones(*input.shape[:-1], columns.total), p)
+    return input * keep[..., columns.first : columns.first + input.shape[-1]]
+
+
+def block(
+    input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0, columns: Columns | None = None
+) -> Tensor:
     """What follows a linear layer: dropout(act(norm(input))), dropping whatever the mode."""
     normalized = input if norm is None else normalize(input, norm)
     output = ACTIVATIONS[activation](normalized)
-    return F.dropout(output, p) if p else output
+    return dropout(output, p, columns) if p else output

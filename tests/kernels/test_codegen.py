@@ -102,12 +102,12 @@ mean, var, weight, bias = torch.empty(4, 66)[:, :64]
 seed = torch.zeros(1, dtype=torch.int64)
 # Arguments in tuples: tensors, None, numbers that are compiled in, and numbers that are not.
 norms = [None, (mean, var, None, None, 1e-5), (mean, var, None, None, 1e-3), (mean, var, weight, bias, 1e-5)]
-drops = [None, (seed, 0, 0, 0, 1000, 1.5), (seed, 1, 0, 0, 1000, 1.5), (seed, 2, 0, 16, 2**31, 2.0)]
+drops = [None, (seed, 0, 0, 0, None, 1000, 1.5), (seed, 1, 0, 0, None, 1000, 1.5), (seed, 2, 0, 9, 1, 2**31, 2.0)]
 
 def block(norm, drop):
     launch.launch(
         batch_norm._apply_kernel, 4, x.device, x, y, norm, drop, 64, 64, 64, 1, FNS=functions_of_preact("relu"),
-        ACC_DTYPE=tl.float32, ALIGNED=True, BLOCK_M=16, BLOCK_N=64,
+        ACC_DTYPE=tl.float32, BLOCK_M=16, BLOCK_N=64,
     )
 
 for cached in (False, True, True):

@@ -1,0 +1,229 @@
+"""What tensor parallelism of a training step can gain on 2, 4 and 8 GPUs: modelled, not measured. Needs no GPU.
+
+`python -m fusemlp.bench scaling` splits every net as fusemlp does: layers alternate column-parallel (out_features split)
+and row-parallel (in_features split); a last one left over is column-parallel and gathers its output. A product of a
+shard takes its flops at the arithmetic rate or its bytes at the bandwidth, whichever is longer; bias, activation, batch
+norm and dropout are free. A ring of t ranks moves 2 (t - 1) / t of a tensor's bytes per rank to all-reduce it and half of
+that to all-gather it, at the bus bandwidth, and each collective adds a latency. The all-reduce of a column-parallel
+layer's input gradient runs beside the layer's wgrad: only what exceeds it counts. The first layer has no such gradient.
+
+For a column + row pair bound by compute, without overlap and latency,
+
+    communication / compute = (t - 1) e F / (3 h B)
+
+    t  ranks                                   F  arithmetic rate of a rank, FLOP/s
+    e  bytes of an element                     B  bus bandwidth of a rank, bytes/s
+    h  features between the two layers, the ones that are split
+
+whatever the batch and the width around the pair: its 12 M H h / t FLOP (M rows, H features in and out; three passes of
+two products) stand against two all-reduces of M H elements. In the net's first pair one all-reduce and one product in
+six are not needed: 5 in place of 3.
+
+With --rates the products take the rate measured for the nearest shape (M, N, K: rows, columns and inner length of the
+product), by the distance between the logarithms, in place of --flops.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..kernels.cost import Launch
+from . import plot
+from .cases import NETS, QUICK_NETS, NetCase
+from .command import add_common_arguments, check_any, print_table, select
+from .results import write_table
+from .traffic import Ceilings
+
+RANKS = (1, 2, 4, 8)
+BATCHES = tuple(2**i for i in range(21))
+SHAPE = ["M", "N", "K"]
+Rate = Callable[[int, int, int], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Microseconds of a rank's products, of its collectives, and of those collectives that products hide."""
+
+    products_us: float = 0.0
+    collectives_us: float = 0.0
+    hidden_us: float = 0.0
+
+    def __add__(self, other: "Step") -> "Step":
+        return Step(
+            self.products_us + other.products_us,
+            self.collectives_us + other.collectives_us,
+            self.hidden_us + other.hidden_us,
+        )
+
+    @property
+    def exposed_us(self) -> float:
+        """Collectives that nothing hides, in microseconds."""
+        return self.collectives_us - self.hidden_us
+
+    @property
+    def modelled_us(self) -> float:
+        return self.products_us + self.exposed_us
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what joins them.
+
+    TB/s of device memory, TFLOP/s of a product as a function of M, N and K, GB/s of bus bandwidth of a rank, and the
+    microseconds that a collective takes however little it moves.
+    """
+
+    bandwidth_tb_s: float
+    rate_tflop_s: Rate
+    bus_gb_s: float
+    latency_us: float
+
+    def product_us(self, M: int, N: int, K: int, itemsize: int) -> float:
+        """Microseconds of an M x K by K x N product, each matrix moved once."""
+        product = Launch("product", 2 * M * N * K, itemsize * (M * K + K * N + M * N))
+        return Ceilings(self.bandwidth_tb_s, self.rate_tflop_s(M, N, K), 0).modelled_us([product])
+
+    def all_gather_us(self, whole_bytes: int, ranks: int) -> float:
+        """Microseconds to give every rank the whole of which each has its part; nothing for one rank."""
+        if ranks == 1:
+            return 0.0
+        return (ranks - 1) / ranks * whole_bytes / (1e3 * self.bus_gb_s) + self.latency_us
+
+    def all_reduce_us(self, summand_bytes: int, ranks: int) -> float:
+        """Microseconds to give every rank the sum of as many summands: two gathers' bytes, one latency."""
+        return self.all_gather_us(2 * summand_bytes, ranks)
+
+
+def layer_steps(case: NetCase, ranks: int, cluster: Cluster) -> list[Step]:
+    """A training step of the net layer by layer, on the rank that has the largest shards."""
+    M, itemsize = case.rows, case.dtype.itemsize
+    steps = []
+    for number, (K, N) in enumerate(pairwise(case.widths())):
+        first, last, by_column = number == 0, number == len(case.hidden_features), number % 2 == 0
+        shard_k, shard_n = (K, -(-N // ranks)) if by_column else (-(-K // ranks), N)
+        wgrad = cluster.product_us(shard_n, shard_k, M, itemsize)
+        products = cluster.product_us(M, shard_n, shard_k, itemsize) + wgrad
+        if not first:
+            products += cluster.product_us(M, shard_k, shard_n, itemsize)
+        collectives = hidden = 0.0
+        if not by_column:
+            collectives += cluster.all_reduce_us(itemsize * M * N, ranks)
+        elif last:
+            collectives += cluster.all_gather_us(itemsize * M * N, ranks)
+        if by_column and not first:
+            input_grad = cluster.all_reduce_us(itemsize * M * K, ranks)
+            collectives, hidden = collectives + input_grad, min(input_grad, wgrad)
+        steps.append(Step(products, collectives, hidden))
+    return steps
+
+
+def net_step(case: NetCase, ranks: int, cluster: Cluster) -> Step:
+    return sum(layer_steps(case, ranks, cluster), Step())
+
+
+def paying(modelled_us: dict[int, float]) -> list[int]:
+    """The numbers of ranks with which a step is shorter than with any fewer."""
+    return [
+        ranks
+        for ranks, us in modelled_us.items()
+        if ranks > 1 and us < min(other for fewer, other in modelled_us.items() if fewer < ranks)
+    ]
+
+
+def paying_batches(case: NetCase, cluster: Cluster) -> dict[int, list[int]]:
+    """For each number of ranks the batches of BATCHES, in rows, with which it pays."""
+    found: dict[int, list[int]] = {ranks: [] for ranks in RANKS}
+    for rows in BATCHES:
+        of_rows = replace(case, rows=rows)
+        for ranks in paying({ranks: net_step(of_rows, ranks, cluster).modelled_us for ranks in RANKS}):
+            found[ranks].append(rows)
+    return found
+
+
+def scaling_rows(case: NetCase, cluster: Cluster) -> Iterator[dict[str, object]]:
+    """One row for each number of ranks."""
+    steps = {ranks: net_step(case, ranks, cluster) for ranks in RANKS}
+    pays = paying({ranks: step.modelled_us for ranks, step in steps.items()})
+    batches = paying_batches(case, cluster)
+    for ranks, step in steps.items():
+        speedup = steps[1].modelled_us / step.modelled_us
+        yield {
+            "case": f"{case.name}, TP {ranks}",
+            "net": case.name,
+            "ranks": ranks,
+            "modelled_us": step.modelled_us,
+            "products_us": step.products_us,
+            "collectives_us": step.collectives_us,
+            "exposed_us": step.exposed_us,
+            "modelled_speedup": speedup,
+            "modelled_efficiency": speedup / ranks,
+            "pays": ranks in pays,
+            "pays_from_batch": min(batches[ranks], default=math.nan),
+        }
+
+
+def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
+    """A row per net and number of ranks: microseconds, efficiency against one rank, whether and from when it pays."""
+    return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
+
+
+def read_rates(path: Path) -> pd.DataFrame:
+    """A table of measured products: M, N, K and tflops. Raises ValueError for a file that is not one."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"argument --rates: {path}: {str(error).splitlines()[0]}") from error
+    columns = [*SHAPE, "tflops"]
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"argument --rates: {path}: no column {', '.join(missing)}; must have {', '.join(columns)}")
+    rates = table[columns].apply(pd.to_numeric, errors="coerce")
+    usable = ((rates > 0) & np.isfinite(rates)).all(axis=1)
+    if table.empty or not usable.all():
+        line = 2 + int(np.argmin(usable)) if len(table) else 2
+        raise ValueError(f"argument --rates: {path}: line {line}: must have positive numbers in {', '.join(columns)}")
+    return rates
+
+
+def nearest_rate(rates: pd.DataFrame) -> Rate:
+    """The rate, in TFLOP/s, of the measured product nearest to an M, N, K by log distance; the first of equals."""
+    shapes, tflops = np.log(rates[SHAPE].to_numpy(float)), rates["tflops"].to_numpy(float)
+
+    def rate(M: int, N: int, K: int) -> float:
+        return float(tflops[np.argmin(((shapes - np.log([M, N, K])) ** 2).sum(axis=1))])
+
+    return rate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser)
+    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="of device memory (4.3)")
+    parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
+    parser.add_argument("--bus", type=float, default=450, metavar="GB/S", help="bus bandwidth of a rank (450)")
+    parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="of a collective (10)")
+    parser.add_argument("--rates", type=Path, metavar="CSV", help="measured products, in place of --flops: M,N,K,tflops")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Model every net on every number of ranks, print it, and write table and picture if asked to. Returns 0."""
+    for name in ("bandwidth", "flops", "bus"):
+        if not (given := getattr(arguments, name)) > 0:
+            raise ValueError(f"argument --{name}: {given}; must be positive")
+    if not 0 <= arguments.latency_us < math.inf:
+        raise ValueError(f"argument --latency-us: {arguments.latency_us}; must be finite and not negative")
+    cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
+    check_any(arguments.filter, cases)
+    if arguments.rates is None:
+        rate, rates = (lambda *_: arguments.flops), f"{arguments.flops:g} TFLOP/s"
+    else:
+        rate, rates = nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates}"
+    table = scaling_table(cases, Cluster(arguments.bandwidth, rate, arguments.bus, arguments.latency_us))
+    assumed = f"{arguments.bandwidth:g} TB/s, {rates}, bus {arguments.bus:g} GB/s, {arguments.latency_us:g} us a collective"
+    print_table(table.drop(columns="case"), f"Tensor parallelism of a training step, modelled, not measured: {assumed}")
+    return 0

@@ -1,0 +1,5 @@
+"""MLPs on several devices."""
+
+from .linear import ColumnParallelLinear, RowParallelLinear
+
+__all__ = ["ColumnParallelLinear", "RowParallelLinear"]

@@ -1,0 +1,92 @@
+"""Layers cut along rows or columns: what the ranks compute together is what one alone does."""
+
+import pytest
+import torch
+from fusemlp.kernels import launch
+from fusemlp.mlp import Linear
+from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear
+from fusemlp.parallel.collectives import Collective, ledger
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+
+ROWS, IN, OUT = 8, 12, 24
+LAYERS = {
+    "column": (ColumnParallelLinear, {}),
+    "column, gathered": (ColumnParallelLinear, {"gather_output": True}),
+    "column, sequence": (ColumnParallelLinear, {"sequence_parallel": True, "gather_output": True}),
+    "row": (RowParallelLinear, {}),
+    "row, whole input": (RowParallelLinear, {"input_is_parallel": False}),
+    "row, sequence": (RowParallelLinear, {"sequence_parallel": True}),
+}
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def part(t, dim, mesh):
+    return t.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+
+
+def integers(*shape):
+    """Small ones, whose sums are exact in any order."""
+    return torch.randint(-3, 4, shape).float()
+
+
+def run_layer(name, backend, activation="relu"):
+    """Output, input gradient, parameter gradients, all whole; and the collectives."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    kind, options = LAYERS[name]
+    alone = Linear(IN, OUT)
+    with torch.no_grad():
+        for parameter in alone.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    layer = kind(IN, OUT, mesh=mesh, activation=activation, **options)
+    with torch.no_grad():
+        for mine, given in zip(layer.parameters(), alone.parameters(), strict=True):
+            mine.copy_(torch.distributed.tensor.distribute_tensor(given, mesh, mine.placements))
+    x, dy = integers(ROWS, IN), integers(ROWS, OUT)
+    sequence = options.get("sequence_parallel", False)
+    column = kind is ColumnParallelLinear
+    x_dim = (0 if sequence else None) if column else (1 if options.get("input_is_parallel", True) else None)
+    y_dim = (None if options.get("gather_output") else 1) if column else (0 if sequence else None)
+    x_here = (x if x_dim is None else part(x, x_dim, mesh)).clone().requires_grad_()
+    dy_here = dy if y_dim is None else part(dy, y_dim, mesh)
+    with launch.backend(backend), ledger() as forward:
+        y_here = layer(x_here)
+    with launch.backend(backend), ledger() as backward:
+        y_here.backward(dy_here)
+    x.requires_grad_()
+    y = torch.relu(alone(x)) if activation == "relu" else alone(x)
+    y.backward(dy)
+    for mine, theirs in (
+        (y_here, y if y_dim is None else part(y, y_dim, mesh)),
+        (x_here.grad, x.grad if x_dim is None else part(x.grad, x_dim, mesh)),
+        (layer.weight.grad.full_tensor(), alone.weight.grad),
+        (layer.bias.grad.full_tensor(), alone.bias.grad),
+    ):
+        assert torch.equal(mine, theirs)
+    return forward, backward
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_same_numbers_as_one_rank_alone(name, world, backend):
+    on_ranks(world, run_layer, name, backend)
+
+
+X, Y = 4 * ROWS * IN, 4 * ROWS * OUT
+EXPECTED = {
+    "column": ([], [Collective("all_reduce", X)]),
+    "column, gathered": ([Collective("all_gather", Y)], [Collective("all_reduce", X)]),
+    "column, sequence": ([Collective("all_gather", X), Collective("all_gather", Y)], [Collective("reduce_scatter", X)]),
+    "row": ([Collective("all_reduce", Y)], []),
+    "row, whole input": ([Collective("all_reduce", Y)], [Collective("all_gather", X)]),
+    "row, sequence": ([Collective("reduce_scatter", Y)], [Collective("all_gather", Y)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_collectives(name):
+    assert on_ranks(2, run_layer, name, "torch") == [EXPECTED[name]] * 2
