@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen, compare, gpu_check, mlp, ops, regimes, report, roofline, traffic
+from . import codegen, compare, gpu_check, mlp, ops, regimes, report, roofline, scaling, traffic
 
 COMMANDS = {
     "gpu-check": gpu_check,
     "codegen": codegen,
     "traffic": traffic,
+    "scaling": scaling,
     "compare": compare,
     "report": report,
     "roofline": roofline,

@@ -174,3 +174,37 @@ def _parts(axes: Axes, sweep: pd.DataFrame) -> None:
     axes.plot(sweep["batch"], sweep["activation_ms"], "D-", color="tab:purple", label="ReLU alone")
     axes.set(title="matrix product and activation", ylabel="ms", yscale="log")
     axes.legend(handles=axes.lines, fontsize="small")
+
+
+def scaling(table: pd.DataFrame) -> Figure:
+    """Efficiency of tensor parallelism against the number of ranks, a line per net, as modelled."""
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="black", linewidth=1, label="ideal")
+    ranks = sorted(set(table["ranks"]))
+    even = np.geomspace(ranks[0], ranks[-1], 100)
+    axes.plot(even, 1 / even, color="grey", linestyle=":", label="as long as on one rank")
+    for number, (net, of_net) in enumerate(table.groupby("net", sort=False)):
+        colour = COLOURS[number % len(COLOURS)]
+        # A second round of colours is told apart by being hollow and dashed.
+        again = number >= len(COLOURS)
+        axes.plot(
+            of_net["ranks"],
+            of_net["modelled_efficiency"],
+            "o--" if again else "o-",
+            color=colour,
+            markerfacecolor="white" if again else colour,
+            label=net,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
+    axes.set(
+        title="Tensor parallelism of a training step, modelled: efficiency against one rank",
+        xlabel="ranks",
+        ylabel="time on one rank / (ranks * time on each), modelled",
+        ylim=(0, 1.05),
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", title="net @ batch")
+    return figure

@@ -1,11 +1,12 @@
 """What tensor parallelism of a training step can gain on 2, 4 and 8 GPUs: modelled, not measured. Needs no GPU.
 
-`python -m fusemlp.bench scaling` splits every net as fusemlp does: layers alternate column-parallel (out_features split)
-and row-parallel (in_features split); a last one left over is column-parallel and gathers its output. A product of a
-shard takes its flops at the arithmetic rate or its bytes at the bandwidth, whichever is longer; bias, activation, batch
-norm and dropout are free. A ring of t ranks moves 2 (t - 1) / t of a tensor's bytes per rank to all-reduce it and half of
-that to all-gather it, at the bus bandwidth, and each collective adds a latency. The all-reduce of a column-parallel
-layer's input gradient runs beside the layer's wgrad: only what exceeds it counts. The first layer has no such gradient.
+`python -m fusemlp.bench scaling` splits every net as fusemlp does: layers alternate column-parallel (out_features
+split) and row-parallel (in_features split); a last one left over is column-parallel and gathers its output. A product
+of a shard takes its flops at the arithmetic rate or its bytes at the bandwidth, whichever is longer; launches and
+whatever is not a product are free. A ring of t ranks moves 2 (t - 1) / t of a tensor's bytes per rank to all-reduce it
+and half of that to all-gather it, at the bus bandwidth, and each collective adds a latency. The all-reduce of a
+column-parallel layer's input gradient runs beside the layer's wgrad: only what exceeds it counts. The first layer has
+no such gradient. t ranks pay if a step is shorter than with any fewer; tried are batches of powers of two to 2**20.
 
 For a column + row pair bound by compute, without overlap and latency,
 
@@ -27,7 +28,6 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,35 +159,40 @@ def scaling_rows(case: NetCase, cluster: Cluster) -> Iterator[dict[str, object]]
             "net": case.name,
             "ranks": ranks,
             "modelled_us": step.modelled_us,
-            "products_us": step.products_us,
-            "collectives_us": step.collectives_us,
-            "exposed_us": step.exposed_us,
+            "modelled_products_us": step.products_us,
+            "modelled_collectives_us": step.collectives_us,
+            "modelled_exposed_us": step.exposed_us,
             "modelled_speedup": speedup,
             "modelled_efficiency": speedup / ranks,
             "pays": ranks in pays,
             "pays_from_batch": min(batches[ranks], default=math.nan),
+            "pays_to_batch": max(batches[ranks], default=math.nan),
         }
 
 
 def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
-    """A row per net and number of ranks: microseconds, efficiency against one rank, whether and from when it pays."""
+    """A row per net and number of ranks: microseconds, efficiency, whether it pays and for which batches."""
     return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
 
 
 def read_rates(path: Path) -> pd.DataFrame:
     """A table of measured products: M, N, K and tflops. Raises ValueError for a file that is not one."""
+    where = f"argument --rates: {path}"
+    if not path.is_file():
+        raise ValueError(f"{where}: no such file")
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, index_col=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"argument --rates: {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     columns = [*SHAPE, "tflops"]
     if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"argument --rates: {path}: no column {', '.join(missing)}; must have {', '.join(columns)}")
-    rates = table[columns].apply(pd.to_numeric, errors="coerce")
-    usable = ((rates > 0) & np.isfinite(rates)).all(axis=1)
-    if table.empty or not usable.all():
-        line = 2 + int(np.argmin(usable)) if len(table) else 2
-        raise ValueError(f"argument --rates: {path}: line {line}: must have positive numbers in {', '.join(columns)}")
+        raise ValueError(f"{where}: has no column {', '.join(missing)}; must have {', '.join(columns)}")
+    if table.empty:
+        raise ValueError(f"{where}: has no rows")
+    rates = pd.DataFrame({column: pd.to_numeric(table[column], errors="coerce") for column in columns})
+    usable = np.all((rates > 0) & (rates < math.inf), axis=1)
+    if not usable.all():
+        raise ValueError(f"{where}: row {1 + usable.argmin()}: {', '.join(columns)} must be positive numbers")
     return rates
 
 
@@ -201,29 +206,52 @@ def nearest_rate(rates: pd.DataFrame) -> Rate:
     return rate
 
 
+def rate_option(arguments: argparse.Namespace) -> tuple[Rate, str]:
+    """The rate that the options ask for, and what to call it."""
+    if arguments.rates is None:
+        return lambda *_: arguments.flops, f"{arguments.flops:g} TFLOP/s"
+    return nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates.name}"
+
+
+def show(table: pd.DataFrame, assumed: str) -> None:
+    """Print the table, and for each net up to how many ranks it pays."""
+    title = f"Tensor parallelism of a training step. Times are modelled, not measured: {assumed}."
+    print_table(table.drop(columns="case"), title)
+    for net, of_net in table.groupby("net", sort=False):
+        most = max(of_net["ranks"].where(of_net["pays"], 0))
+        print(f"{net}: modelled {f'to pay up to {most} ranks' if most else 'not to pay'}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="of device memory (4.3)")
     parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
     parser.add_argument("--bus", type=float, default=450, metavar="GB/S", help="bus bandwidth of a rank (450)")
     parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="of a collective (10)")
-    parser.add_argument("--rates", type=Path, metavar="CSV", help="measured products, in place of --flops: M,N,K,tflops")
+    parser.add_argument(
+        "--rates", type=Path, metavar="CSV", help="measured products, in place of --flops: M,N,K,tflops"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Model every net on every number of ranks, print it, and write table and picture if asked to. Returns 0."""
     for name in ("bandwidth", "flops", "bus"):
-        if not (given := getattr(arguments, name)) > 0:
-            raise ValueError(f"argument --{name}: {given}; must be positive")
+        if not 0 < (given := getattr(arguments, name)) < math.inf:
+            raise ValueError(f"argument --{name}: {given}; must be positive and finite")
     if not 0 <= arguments.latency_us < math.inf:
         raise ValueError(f"argument --latency-us: {arguments.latency_us}; must be finite and not negative")
     cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
     check_any(arguments.filter, cases)
-    if arguments.rates is None:
-        rate, rates = (lambda *_: arguments.flops), f"{arguments.flops:g} TFLOP/s"
-    else:
-        rate, rates = nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates}"
+    rate, said = rate_option(arguments)
     table = scaling_table(cases, Cluster(arguments.bandwidth, rate, arguments.bus, arguments.latency_us))
-    assumed = f"{arguments.bandwidth:g} TB/s, {rates}, bus {arguments.bus:g} GB/s, {arguments.latency_us:g} us a collective"
-    print_table(table.drop(columns="case"), f"Tensor parallelism of a training step, modelled, not measured: {assumed}")
+    show(
+        table,
+        f"{arguments.bandwidth:g} TB/s, {said}, bus {arguments.bus:g} GB/s, {arguments.latency_us:g} us per collective",
+    )
+    if arguments.out is not None:
+        table = table.assign(
+            bandwidth_tb_s=arguments.bandwidth, rate=said, bus_gb_s=arguments.bus, latency_us=arguments.latency_us
+        )
+        write_table(table, arguments.out, "scaling")
+        plot.save(plot.scaling(table), arguments.out, "scaling")
     return 0

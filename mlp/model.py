@@ -3,7 +3,7 @@
 # (kernels are called only where launch.explain has found Triton)
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import index
@@ -143,16 +143,20 @@ class MLP(nn.Sequential):
         if not recomputes or (by_kernels and launch.explain(input, *self.parameters()).backend == "triton"):
             dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in self)
             with drawn_at_once(dropping, input.device) if by_kernels and dropping else nullcontext():
-                return run_fused(list(self), input, recomputes)
+                return self.run(list(self), input, recomputes)
         for block in _hidden_blocks(list(self)):
             if len(block) == 1:
-                input = run_fused(block, input)
+                input = self.run(block, input)
             else:
                 # A compiler recomputes values, not effects on modules, and takes no contexts of ours.
                 compiling = torch.compiler.is_compiling()
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
-                input = recompute(run_fused, block, input, use_reentrant=False, **contexts)
+                input = recompute(self.run, block, input, use_reentrant=False, **contexts)
         return input
+
+    def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+        """`run_fused`, or as a subclass runs its children."""
+        return run_fused(modules, input, recompute)
 
 
 def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
@@ -180,10 +184,10 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
 def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
     """The layer that begins at a position, and of how many modules it is made; no layer, and one, if none does."""
     linear = modules[position]
-    if not isinstance(linear, nn.Linear) or not _is_plain(linear):
+    if not isinstance(linear, nn.Linear) or not is_plain(linear):
         return None, 1
     layer = Layer(linear.weight, linear.bias)
-    rest = iter([module if _is_plain(module) else None for module in modules[position + 1 : position + 4]])
+    rest = iter([module if is_plain(module) else None for module in modules[position + 1 : position + 4]])
     count, following = 1, next(rest, None)
     # Of 3-D input a BatchNorm1d normalises the columns of other matrices.
     if isinstance(following, nn.BatchNorm1d) and dims == 2:
@@ -207,7 +211,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 _NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
-_FORWARDS = {
+FORWARDS = {
     kind: kind.forward
     for kind in (
         *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, Dropout),
@@ -216,10 +220,10 @@ _FORWARDS = {
 }
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool:
     """Whether calling the module runs the forward that its class came with, and nobody would see the call."""
     return not (
-        type(module).forward is not _FORWARDS.get(type(module))
+        type(module).forward is not forwards.get(type(module))
         or "forward" in vars(module)
         or module._compiled_call_impl
         or module._forward_hooks

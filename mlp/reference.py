@@ -52,6 +52,8 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
         norm.batches.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.batches)
+    if input.shape[1] == 0:  # which PyTorch refuses
+        return input.clone()
     return F.batch_norm(
         input,
         norm.running_mean,

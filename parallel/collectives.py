@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as funcol
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,12 @@ class Ranks:
 def start_all_reduce(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
     """Begin to add up t over the ranks, in place; the call that is returned waits for the sum."""
     _report("all_reduce", t.nbytes)
-    if torch.compiler.is_compiling():
-        begun = funcol.all_reduce(t, "sum", ranks.group)
-        return lambda: funcol.wait_tensor(begun)
-    work: Any = dist.all_reduce(t, group=ranks.group, async_op=True)
+    # A compiler knows no handles, and orders collectives itself.
+    work: Any = dist.all_reduce(t, group=ranks.group, async_op=not torch.compiler.is_compiling())
 
     def finish() -> Tensor:
-        work.wait()
+        if work is not None:
+            work.wait()
         return t
 
     return finish
@@ -103,7 +101,8 @@ def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
     t = t.movedim(dim, 0)
     if len(t) < each:
         t = torch.cat([t, t.new_zeros(each - len(t), *t.shape[1:])])
-    whole = funcol.wait_tensor(funcol.all_gather_tensor(t.contiguous(), 0, ranks.group))
+    whole = t.new_empty(each * ranks.size, *t.shape[1:])
+    dist.all_gather_into_tensor(whole, t.contiguous(), group=ranks.group)
     return whole[:n].movedim(0, dim).contiguous()
 
 
@@ -113,7 +112,8 @@ def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
     rows = ranks.part(len(t))
     padding = -len(t) % ranks.size
     t = torch.cat([t, t.new_zeros(padding, *t.shape[1:])]) if padding else t.contiguous()
-    part = funcol.wait_tensor(funcol.reduce_scatter_tensor(t, "sum", 0, ranks.group))
+    part = t.new_empty(len(t) // ranks.size, *t.shape[1:])
+    dist.reduce_scatter_tensor(part, t, group=ranks.group)
     return part[: rows.stop - rows.start]
 
 

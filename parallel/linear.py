@@ -19,6 +19,7 @@ from ..mlp.chain import Layer
 from ..mlp.linear import linear_chain
 from ..mlp.modules import Linear
 from .collectives import CopyToRanks, Ranks, gather_columns, gather_rows, reduce_from_ranks, scatter_rows, split_columns
+from .handshake import check_alike, random_state, shapes, values
 
 
 def check_divides(name: str, n: int, ranks: Ranks, uneven: bool) -> None:
@@ -37,15 +38,18 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
     whole = getattr(module, name)
     if whole is None:
         return
-    ranks = Ranks.of(mesh)
-    local = whole.detach()
+    here = whole.detach()
     if isinstance(placement, Shard):
         # A copy, so that the whole can be freed.
-        part = ranks.part(whole.shape[placement.dim])
-        local = local.narrow(placement.dim, part.start, part.stop - part.start).clone()
-    local = local.to(mesh.device_type)
+        part = Ranks.of(mesh).part(whole.shape[placement.dim])
+        here = here.narrow(placement.dim, part.start, part.stop - part.start).clone()
     sharded = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+        here.to(mesh.device_type),
+        mesh,
+        [placement],
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.contiguous().stride(),
     )
     if isinstance(whole, nn.Parameter):
         module.register_parameter(name, nn.Parameter(sharded, whole.requires_grad))
@@ -72,6 +76,11 @@ class ParallelLinear(Linear):
             allowed = ", ".join(map(repr, reference.ACTIVATIONS))
             raise ValueError(f"activation: {activation!r}; allowed are {allowed}")
         self.ranks, self.activation, self.sequence_parallel = Ranks.of(mesh), activation, sequence_parallel
+
+    def agree(self, mesh: DeviceMesh) -> None:
+        """Refuse ranks that built another layer, or drew other weights."""
+        kind = mesh.device_type
+        check_alike(Ranks.of(mesh), kind, layer=(type(self), shapes(self)), seed=(values(self), random_state(kind)))
 
     def _repr(self, split: str, *options: str) -> str:
         sizes = {"out_features": self.out_features, "in_features": self.in_features}
@@ -113,8 +122,9 @@ class ColumnParallelLinear(ParallelLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_divides("out_features", out_features, Ranks.of(mesh), uneven)
         super().__init__(in_features, out_features, bias, device, dtype)
+        self.agree(mesh)
+        check_divides("out_features", out_features, Ranks.of(mesh), uneven)
         self.shard(mesh, activation, gather_output, sequence_parallel)
 
     def shard(
@@ -174,8 +184,9 @@ class RowParallelLinear(ParallelLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_divides("in_features", in_features, Ranks.of(mesh), uneven)
         super().__init__(in_features, out_features, bias, device, dtype)
+        self.agree(mesh)
+        check_divides("in_features", in_features, Ranks.of(mesh), uneven)
         self.shard(mesh, activation, input_is_parallel, sequence_parallel)
 
     def shard(
@@ -212,3 +223,20 @@ class RowParallelLinear(ParallelLinear):
 
     def extra_repr(self) -> str:
         return self._repr("in_features", "input_is_parallel", "sequence_parallel")
+
+
+class ReplicatedLinear(ParallelLinear):
+    """A linear layer that every rank computes whole, with DTensors for parameters like its neighbours'."""
+
+    def shard(self, mesh: DeviceMesh, activation: str | None = None) -> None:
+        """Keep all of a weight and bias."""
+        self.cut(mesh, activation, sequence_parallel=False)
+        for name in ("weight", "bias"):
+            shard_parameter(self, name, mesh, Replicate())
+
+    def layer(self) -> Layer:
+        """What every rank computes."""
+        return Layer(local(self.weight), local(self.bias), self.activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_chain(input, [self.layer()])

@@ -1,6 +1,7 @@
 """Functions on several processes, each a rank of one Gloo group."""
 
 import datetime
+import io
 import multiprocessing
 import os
 import tempfile
@@ -23,12 +24,13 @@ def _run(rank: int, world_size: int, folder: str, results: Connection, function:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=TIMEOUT
     )
     torch.manual_seed(0)
+    returned = io.BytesIO()
     try:
-        results.send((None, function(*args)))
+        torch.save((None, function(*args)), returned)
     except BaseException:
-        results.send((traceback.format_exc(), None))
-    finally:
-        torch.distributed.destroy_process_group()
+        torch.save((traceback.format_exc(), None), returned)
+    results.send_bytes(returned.getbuffer())
+    torch.distributed.destroy_process_group()
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -52,12 +54,13 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
                 for receiver in ready:
                     rank = waiting.pop(receiver)
                     try:
-                        error, returned[rank] = receiver.recv()
+                        error, returned[rank] = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
                     except EOFError:
                         error = "died"
                     assert error is None, f"rank {rank}: {error}"
         finally:
             for process in processes:
-                process.kill() if waiting else process.join()
+                if waiting:
+                    process.kill()
                 process.join()
     return [returned[rank] for rank in range(world_size)]

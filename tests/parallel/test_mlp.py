@@ -1,0 +1,141 @@
+"""Nets on several ranks: the same weights, masks, losses and gradients as on one."""
+
+import pytest
+import torch
+from fusemlp.kernels import launch
+from fusemlp.mlp import MLP
+from fusemlp.parallel import ColwiseParallel, ParallelMLP, RowwiseParallel, parallelize
+from fusemlp.parallel.collectives import Collective, ledger
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+
+ROWS, IN, HIDDEN, OUT = 6, 5, (16, 8, 24), 4
+NETS = {
+    "plain": {},
+    "gelu": {"activation": "gelu"},
+    "batch norm": {"batch_norm": True},
+    "dropout": {"dropout": 0.3},
+    "batch norm, dropout": {"batch_norm": True, "dropout": 0.3},
+    "no bias": {"bias": False},
+    "no activation": {"activation": None},
+    "recomputed": {"batch_norm": True, "dropout": 0.3, "checkpoint": True},
+}
+
+
+def everyone():
+    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def integers(*shape):
+    return torch.randint(-2, 3, shape).double()
+
+
+def train(net, x, target, steps=3):
+    """Losses of a few steps, then parameters and buffers."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        loss = torch.nn.functional.mse_loss(net(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), [whole(t).detach() for t in (*net.parameters(), *net.buffers())]
+
+
+def run_curve(options, hidden, backend, plan="auto", uneven=False):
+    x, target = torch.randn(ROWS, IN, dtype=torch.float64), torch.randn(ROWS, OUT, dtype=torch.float64)
+    results = []
+    for build in (MLP, ParallelMLP):
+        torch.manual_seed(1)
+        more = {"mesh": everyone(), "plan": plan, "uneven": uneven} if build is ParallelMLP else {}
+        net = build(IN, hidden, OUT, **options, dtype=torch.float64, **more)
+        with launch.backend(backend):
+            results.append(train(net, x, target))
+    alone, together = results
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
+    return together[0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", NETS)
+def test_the_curve_of_a_run_does_not_depend_on_the_ranks(name, world, backend):
+    hidden = HIDDEN if backend == "torch" else HIDDEN[:2]
+    first, *others = on_ranks(world, run_curve, NETS[name], hidden, backend)
+    assert all(torch.equal(first, each) for each in others)
+
+
+@pytest.mark.parametrize("world", [1, 3, 5, 6, 7, 8])
+def test_any_number_of_ranks(world):
+    on_ranks(world, run_curve, NETS["batch norm, dropout"], (17, 9, 11), "torch", "auto", True)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_uneven_parts_on_the_kernels(world):
+    on_ranks(world, run_curve, NETS["batch norm, dropout"], (17, 9), "triton", "auto", True)
+
+
+PLANS = {
+    "all gathered": {"*": ColwiseParallel(gather_output=True)},
+    "all split": {"*": RowwiseParallel(input_is_parallel=False, uneven=True)},
+    "one pair of two": {"0": ColwiseParallel(), "2": RowwiseParallel()},
+    "the last pair": {"4": ColwiseParallel(), "6": RowwiseParallel()},
+    "one layer": {"2": ColwiseParallel(gather_output=True)},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_mixed_plans(plan):
+    plan = {("[0246]" if pattern == "*" else pattern): style for pattern, style in plan.items()}
+    on_ranks(2, run_curve, {}, (16, 8, 24), "torch", plan)
+
+
+def run_exact():
+    torch.manual_seed(2)
+    alone = MLP(IN, (8, 12), OUT, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in alone.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    together = MLP(IN, (8, 12), OUT, dtype=torch.float64)
+    together.load_state_dict(alone.state_dict())
+    parallelize(together, everyone())
+    x, dy = integers(ROWS, IN), integers(ROWS, OUT)
+    for net in (alone, together):
+        here = x.clone().requires_grad_()
+        y = net(here)
+        y.backward(dy)
+        yield [y.detach(), here.grad, *(whole(p.grad) for p in net.parameters())]
+
+
+def exact():
+    alone, together = run_exact()
+    assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_small_integers_are_exact(world):
+    on_ranks(world, exact)
+
+
+def collectives_of_a_step(world_backend):
+    net = ParallelMLP(IN, HIDDEN, OUT, mesh=everyone(), dtype=torch.float64)
+    x = torch.randn(ROWS, IN, dtype=torch.float64)
+    with launch.backend(world_backend), ledger() as forward:
+        y = net(x)
+    with launch.backend(world_backend), ledger() as backward:
+        y.sum().backward()
+    return forward, backward
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_all_reduce_for_a_pair_each_way(backend):
+    """Of what the pair returns; back, of its input's gradient, which the net's own input does not need."""
+    returned = [Collective("all_reduce", 8 * ROWS * n) for n in (HIDDEN[1], OUT)]
+    needed = [Collective("all_reduce", 8 * ROWS * HIDDEN[1])]
+    assert on_ranks(2, collectives_of_a_step, backend) == [(returned, needed)] * 2
