@@ -52,8 +52,8 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
         norm.batches.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.batches)
-    if input.shape[1] == 0:  # which PyTorch refuses
-        return input.clone()
+    if input.shape == (len(input), 0) and norm.batch_stats:  # which PyTorch refuses
+        return input * (1 if norm.weight is None else norm.weight) + (0 if norm.bias is None else norm.bias)
     return F.batch_norm(
         input,
         norm.running_mean,

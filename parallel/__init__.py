@@ -1,5 +1,6 @@
 """MLPs on several devices."""
 
+from .cross_entropy import vocab_parallel_cross_entropy
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP, parallelize
 from .plan import ColwiseParallel, RowwiseParallel
@@ -11,4 +12,5 @@ __all__ = [
     "RowParallelLinear",
     "RowwiseParallel",
     "parallelize",
+    "vocab_parallel_cross_entropy",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=20)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed", "torch.distributed.tensor", "fusemlp.mlp.functional"])
 

@@ -1,0 +1,146 @@
+"""Cross-entropy with the classes cut over ranks: every option, as one rank alone has it."""
+
+import pytest
+import torch
+from fusemlp.kernels import launch
+from fusemlp.parallel import vocab_parallel_cross_entropy
+from fusemlp.parallel.collectives import Collective, ledger
+from losses import OPTIONS
+from ranks import on_ranks
+from tolerance import assert_as_close_as_torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as torch_F
+
+ROWS = 7
+
+
+def everyone():
+    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+
+def made(kind, classes, dtype=torch.float64, places=()):
+    logits = (3 * torch.randn(ROWS, classes, *places, dtype=torch.float64)).to(dtype)
+    if kind == "probabilities":
+        return logits, torch.rand(ROWS, classes, *places, dtype=torch.float64).softmax(1).to(dtype)
+    target = torch.randint(0, classes, (ROWS, *places))
+    target.view(-1)[0] = -100
+    return logits, target
+
+
+def part(t, mesh, dim=1):
+    parts = t.chunk(mesh.size(), dim)
+    rank = mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else t.narrow(dim, 0, 0)
+
+
+def step(logits, target, weight, mesh, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    if mesh is None:
+        loss = torch_F.cross_entropy(leaf, target, weight, **options)
+    else:
+        loss = vocab_parallel_cross_entropy(leaf, target, weight, mesh=mesh, **options)
+    (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.7))
+    return loss.detach(), grad
+
+
+def compare(backend, kind, weighted, smoothing, reduction, classes=16, dtype=torch.float64, places=()):
+    mesh = everyone()
+    logits, target = made(kind, classes, dtype, places)
+    weight = torch.rand(classes, dtype=dtype) if weighted else None
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    here = target if kind == "indices" else part(target, mesh)
+    with launch.backend(backend):
+        ours = step(part(logits, mesh), here, weight, mesh, classes=classes, **options)
+    torchs = step(logits, target, weight, None, **options)
+    doubles = [t if t is None or not t.is_floating_point() else t.double() for t in (logits, target, weight)]
+    truths = step(*doubles, None, **options)
+    for which, mine, its, truth in zip(("loss", "gradient"), ours, torchs, truths, strict=True):
+        cut = (its, truth) if which == "loss" else (part(its, mesh), part(truth, mesh))
+        assert_as_close_as_torch(mine, *cut, which)
+    return ours[0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("kind", "weighted", "smoothing", "reduction"), OPTIONS)
+def test_options(kind, weighted, smoothing, reduction, backend):
+    first, second = on_ranks(2, compare, backend, kind, weighted, smoothing, reduction)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("classes", [1, 9, 37])
+def test_parts_of_any_size(classes, backend):
+    on_ranks(4, compare, backend, "indices", True, 0.1, "mean", classes)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(dtype, backend):
+    on_ranks(2, compare, backend, "indices", False, 0.1, "mean", 200, dtype)
+
+
+def test_more_dimensions():
+    on_ranks(2, compare, "triton", "indices", True, 0.1, "none", 10, torch.float64, (3, 2))
+
+
+def collectives():
+    logits, target = made("indices", 16)
+    mesh = everyone()
+    shard = part(logits, mesh).requires_grad_()
+    with ledger() as found:
+        vocab_parallel_cross_entropy(shard, target, mesh=mesh, label_smoothing=0.1).backward()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_one_collective_of_four_numbers_a_row(world):
+    assert on_ranks(world, collectives) == [[Collective("all_gather", 8 * 4 * ROWS * world)]] * world
+
+
+def second_derivatives():
+    """Of a scalar that is the same on every rank; the truth differentiates the whole logits."""
+    mesh = everyone()
+    logits, target = made("indices", 8)
+    whole = logits.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(torch_F.cross_entropy(whole, target), whole, create_graph=True)
+    (truth,) = torch.autograd.grad((grad**2).sum(), whole)
+    with launch.backend("triton"):
+        here = part(logits, mesh).clone().requires_grad_()
+        loss = vocab_parallel_cross_entropy(here, target, mesh=mesh)
+        (grad,) = torch.autograd.grad(loss, here, create_graph=True)
+        # The other ranks' terms reach this rank's logits through the sums that all share.
+        (seen,) = torch.autograd.grad((grad**2).sum(), here)
+    return seen, part(truth, mesh)
+
+
+def test_second_derivatives():
+    for seen, truth in on_ranks(2, second_derivatives):
+        torch.testing.assert_close(seen, truth)
+
+
+BAD = {
+    "logits_shard": (ValueError, "logits_shard: ", lambda x, t, m: ((x[0], t), {})),
+    "target": (ValueError, "target: shape", lambda x, t, m: ((x, t[:3]), {})),
+    "weight": (
+        ValueError,
+        r"weight: shape \(8,\); expected \(C,\) = \(16,\)",
+        lambda x, t, m: ((x, t, torch.ones(8)), {}),
+    ),
+    "classes": (ValueError, "classes: 20 on 2 ranks", lambda x, t, m: ((x, t), {"classes": 20})),
+    "reduction": (ValueError, "reduction: 'max'", lambda x, t, m: ((x, t), {"reduction": "max"})),
+    "index": (IndexError, "target: 16; class indices go from 0 to 15", lambda x, t, m: ((x, t + 16), {})),
+}
+
+
+def refuse(case):
+    error, message, given = BAD[case]
+    mesh = everyone()
+    logits, _ = made("indices", 16)
+    args, options = given(part(logits, mesh), torch.zeros(ROWS, dtype=torch.int64), mesh)
+    with pytest.raises(error, match=message):
+        vocab_parallel_cross_entropy(*args, mesh=mesh, **options)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    on_ranks(2, refuse, case)
