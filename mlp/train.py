@@ -53,7 +53,7 @@ class Training:
         self.loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, self.device)
 
         torch.manual_seed(options.seed)
-        self.model = make_model(options, data).to(self.device)
+        self.model = self.build()
         self.optimizer = make_optimizer(options.optimizer, self.model, options.lr, options.l2)
         self.steps_per_epoch = math.ceil(len(data.train) / (options.batch_size * options.accumulate))
         steps = options.epochs * self.steps_per_epoch
@@ -63,6 +63,10 @@ class Training:
         self.epoch = 0
         self.best_epoch, self.best_loss = 0, math.inf
         self.history: list[dict[str, float]] = []
+
+    def build(self) -> nn.Module:
+        """The model to be trained, where it is trained."""
+        return make_model(self.options, self.data).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
@@ -115,7 +119,7 @@ class Training:
         Raises Diverged if a loss is not finite; the checkpoint is then that of the epoch before.
         """
         if not self.history:
-            save_checkpoint(self.folder / LAST, self.state_dict())
+            self.save_last()
         while not self.finished():
             losses = torch.stack(list(self.steps())).tolist()
             val_loss, val_metrics = self.validate()
@@ -135,7 +139,7 @@ class Training:
                     f"val_{headline}": val_metrics[headline],
                 }
             )
-            save_checkpoint(self.folder / LAST, self.state_dict())
+            self.save_last()
             on_epoch(self)
 
     def steps(self) -> Iterator[Tensor]:
@@ -168,15 +172,19 @@ class Training:
         count = self.loss.count(y)
         loss = torch.zeros((), device=self.device)
         for micro_x, micro_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
-            with self.autocast():
-                output = self.model(micro_x)
-            part = self.loss.total(output, micro_y) / count
-            self.scaler.scale(part).backward()
-            loss += part.detach()
+            loss += self.micro_batch(micro_x, micro_y, count)
         if options.l1:
             penalty = options.l1 * torch.stack([weight.abs().sum() for weight in penalised(self.model)]).sum()
             self.scaler.scale(penalty).backward()
         return loss
+
+    def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
+        """Add the gradient of the loss of these rows, divided by count; returns that loss."""
+        with self.autocast():
+            output = self.model(x)
+        loss = self.loss.total(output, y) / count
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def validate(self) -> tuple[float, dict[str, float]]:
         """The validation split's loss and metrics."""
@@ -185,7 +193,12 @@ class Training:
         metrics = evaluate(output.cpu(), self.data, self.data.val.y) if math.isfinite(loss) else {}
         return loss, metrics
 
+    def save_last(self) -> None:
+        """Keep all that a resumed run needs."""
+        save_checkpoint(self.folder / LAST, self.state_dict())
+
     def save_best(self) -> None:
+        """Keep the model's weights of this epoch."""
         contents = {"options": configuration(self.options), "model": self.model.state_dict(), "epoch": self.epoch}
         save_checkpoint(self.folder / BEST, contents)
 

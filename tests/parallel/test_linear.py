@@ -1,10 +1,12 @@
 """Layers cut along rows or columns: what the ranks compute together is what one alone does."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
-from fusemlp.kernels import launch
-from fusemlp.mlp import Linear
-from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear
+from fusemlp.kernels import cost, launch
+from fusemlp.mlp import MLP, Linear
+from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear, collectives, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
 from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -90,3 +92,47 @@ EXPECTED = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_collectives(name):
     assert on_ranks(2, run_layer, name, "torch") == [EXPECTED[name]] * 2
+
+
+def events_of_backward():
+    mesh = init_device_mesh("cpu", (2,))
+    layer = ColumnParallelLinear(IN, OUT, mesh=mesh)
+    events = []
+    with (
+        launch.backend("triton"),
+        patch.object(cost, "report", lambda name, *_: events.append(name)),
+        patch.object(collectives, "_report", lambda kind, _: events.append(kind)),
+    ):
+        y = layer(torch.randn(ROWS, IN, requires_grad=True))
+        events.clear()
+        y.backward(torch.ones_like(y))
+    return events
+
+
+def test_the_input_gradient_travels_while_that_of_the_weight_is_computed():
+    assert on_ranks(2, events_of_backward)[0] == ["linear_dgrad", "all_reduce", "linear_wgrad"]
+
+
+def second_derivatives(backend):
+    """Of a gradient penalty: both orders go through the collectives."""
+    torch.manual_seed(3)
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(ROWS, IN, dtype=torch.float64, requires_grad=True)
+    found = []
+    for net in (MLP(IN, [8], 3, activation="tanh").double(), MLP(IN, [8], 3, activation="tanh").double()):
+        for i, parameter in enumerate(net.parameters()):
+            with torch.no_grad():
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).sin() * (i + 1) / 3)
+        if found:
+            parallelize(net, mesh)
+        with launch.backend(backend if found else "torch"):
+            (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+            penalty = (grad**2).sum()
+            grads = torch.autograd.grad(penalty, [x, *net.parameters()], allow_unused=True)
+        found.append([penalty.detach(), *(whole(t) for t in grads if t is not None)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_second_derivatives(backend):
+    on_ranks(2, second_derivatives, backend)
