@@ -6,6 +6,7 @@ deviations (`tile_moments`, two passes over registers); these are merged in orde
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,14 +27,14 @@ def column_sums(x):
 
 @triton.jit
 def tile_moments(x, count, BLOCK_M: tl.constexpr):
-    """Mean and sum of squared deviations of the first `count` rows, in two passes over registers, each [BLOCK_N]."""
+    """Mean and sum of squared deviations of the first `count` rows, [BLOCK_N] float64, in two passes over registers."""
     inside = (tl.arange(0, BLOCK_M) < count)[:, None]
-    n = count.to(x.dtype)
-    mean = column_sums(tl.where(inside, x, 0.0)).to(x.dtype) / n
+    mean = column_sums(tl.where(inside, x, 0.0)).to(x.dtype) / count.to(x.dtype)
     deviation = tl.where(inside, x - mean[None, :], 0.0)
     # What rounding the mean left over.
-    residual = column_sums(deviation).to(x.dtype) / n
-    return mean + residual, column_sums(deviation * deviation).to(x.dtype) - n * residual * residual
+    n = count.to(tl.float64)
+    residual = column_sums(deviation) / n
+    return mean.to(tl.float64) + residual, column_sums(deviation * deviation) - n * residual * residual
 
 
 @triton.jit
@@ -55,14 +56,14 @@ def _moments_kernel(
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    n = tl.zeros((BLOCK_N,), ACC_DTYPE)
-    mean = tl.zeros((BLOCK_N,), ACC_DTYPE)
-    m2 = tl.zeros((BLOCK_N,), ACC_DTYPE)
+    n = tl.zeros((BLOCK_N,), tl.float64)
+    mean = tl.zeros((BLOCK_N,), tl.float64)
+    m2 = tl.zeros((BLOCK_N,), tl.float64)
     for row in range(begin, end, BLOCK_M):
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         count = tl.minimum(end - row, BLOCK_M)
         tile_mean, tile_m2 = tile_moments(x, count, BLOCK_M)
-        n, mean, m2 = merge_moments(n, mean, m2, count.to(ACC_DTYPE), tile_mean, tile_m2)
+        n, mean, m2 = merge_moments(n, mean, m2, count.to(tl.float64), tile_mean, tile_m2)
     store_partial(partial_ptr, mean, m2, split, splits, col, N, BLOCK_N)
 
 
@@ -139,14 +140,17 @@ def merge_partial_moments(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """[mean, var] of the columns, (N,) each, from partial (2, splits, N): mean and squared deviations of row ranges.
+    """[mean, var] of the columns, (N,) each, in `dtype` (else partial's), from partial (2, splits, N).
+
+    Partial results are the mean and sum of squared deviations of ranges of rows_per_split rows.
 
     Moves running averages on by `momentum` and counts one batch in `batches`; without momentum, averages over all
     batches, which `batches` has counted already, this one included.
     """
     _, splits, N = partial.shape
-    mean, var = partial.new_empty(N), partial.new_empty(N)
+    mean, var = (partial.new_empty(N, dtype=dtype) for _ in range(2))
     launch.launch(
         _merge_moments_kernel, -(-N // MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, mean, var, running_mean, running_var, batches,
@@ -163,8 +167,9 @@ def _column_moments_outputs(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape[1], dtype=acc_dtype(x.dtype)) for _ in range(2)]
+    return [x.new_empty(x.shape[1], dtype=dtype or acc_dtype(x.dtype)) for _ in range(2)]
 
 
 @launch.operator(_column_moments_outputs)
@@ -174,6 +179,7 @@ def column_moments(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """[mean, var] of the columns of x (M, N); see `merge_partial_moments` for the rest.
 
@@ -184,11 +190,12 @@ def column_moments(
     block_m, block_n = pointwise_block(N)
     rows_per_split = row_splits(M, N, launch.num_sms(x.device))
     splits = -(-M // rows_per_split)
-    partial = x.new_empty(2, splits, N, dtype=acc_dtype(x.dtype))
+    partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _moments_kernel, splits * -(-N // block_n), x.device,
         x, partial, M, N, splits, rows_per_split, *x.stride(),
         ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_moments", 0, (x, partial))
-    return merge_partial_moments(partial, M, rows_per_split, running_mean, running_var, batches, momentum)
+    mean_dtype = dtype or acc_dtype(x.dtype)
+    return merge_partial_moments(partial, M, rows_per_split, running_mean, running_var, batches, momentum, mean_dtype)

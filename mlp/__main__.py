@@ -15,7 +15,7 @@ from .data import load_data
 from .errors import Diverged, InputError
 from .options import PROG, configuration, parse_options
 from .report import CONFIG, metrics_table, prepare_folder, write_history, write_json, write_report
-from .train import HEADLINE, LAST, Training
+from .train import HEADLINE, LAST, Training, make_model
 from .verify import run_verify
 
 console = Console(highlight=False, soft_wrap=True)
@@ -62,14 +62,15 @@ def run(argv: Sequence[str] | None) -> int:
 
 def introduce(training: Training) -> None:
     """Print what is trained on what."""
-    data, model = training.data, training.model
+    data = training.data
     if data.dropped:
         console.print(f"dropped {data.dropped} rows whose target is missing")
     rows = " + ".join(str(len(split)) for split in (data.train, data.val, data.test))
     outputs = "classes" if data.task == "classification" else "targets"
     console.print(f"{data.name}: {data.task}, {rows} rows (training + validation + test), {len(data.labels)} {outputs}")
     widths = [data.train.x.shape[1], *training.options.hidden, len(data.labels)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in make_model(training.options, data).parameters())
     console.print(f"MLP {' -> '.join(map(str, widths))}: {parameters:,} parameters on {training.device}")
 
 

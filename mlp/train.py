@@ -157,13 +157,17 @@ class Training:
         loss = self.accumulate(x, y)
         if options.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            self.clip(options.clip)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # lower: the gradients overflowed and the step was skipped
             self.scheduler.step()
         return loss
+
+    def clip(self, norm: float) -> None:
+        """Scale larger gradients down to this norm."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), norm)
 
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the gradient of the mean loss over all rows, and of the L1 penalty; returns the loss without it."""
@@ -188,10 +192,14 @@ class Training:
 
     def validate(self) -> tuple[float, dict[str, float]]:
         """The validation split's loss and metrics."""
-        output = predict(self.model, self.val.x)
+        output = self.predict(self.val.x)
         loss = self.loss.mean(output, self.val.y).item()
         metrics = evaluate(output.cpu(), self.data, self.data.val.y) if math.isfinite(loss) else {}
         return loss, metrics
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The model's output (rows, outputs) in evaluation mode, in float32."""
+        return predict(self.model, x)
 
     def save_last(self) -> None:
         """Keep all that a resumed run needs."""

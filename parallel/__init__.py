@@ -4,6 +4,7 @@ from .cross_entropy import vocab_parallel_cross_entropy
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP, parallelize
 from .plan import ColwiseParallel, RowwiseParallel
+from .sync_batch_norm import SyncBatchNorm1d, convert_sync_batch_norm
 
 __all__ = [
     "ColumnParallelLinear",
@@ -11,6 +12,8 @@ __all__ = [
     "ParallelMLP",
     "RowParallelLinear",
     "RowwiseParallel",
+    "SyncBatchNorm1d",
+    "convert_sync_batch_norm",
     "parallelize",
     "vocab_parallel_cross_entropy",
 ]

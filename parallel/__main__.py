@@ -1,7 +1,8 @@
-"""Train on several ranks: `torchrun --nproc-per-node N -m fusemlp.parallel --tp T --dp D [training options]`."""
+"""Train on several ranks: `torchrun --nproc-per-node N -m fusemlp.parallel --tp T --dp D --pp P [training options]`."""
 
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,19 +21,22 @@ from ..mlp.errors import Diverged, InputError
 from ..mlp.options import configuration, count, make_parser, parse_options
 from ..mlp.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
 from ..mlp.train import Training
-from .train import POINTER, PROGRESS, ParallelTraining, last_checkpoint
+from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
 
 PROG = "fusemlp.parallel"
 
 
 def make_degrees_parser() -> ArgumentParser:
     parser = ArgumentParser(prog=f"torchrun -m {PROG}", add_help=False, allow_abbrev=False)
-    group = parser.add_argument_group("ranks", "as many as torchrun starts: T D")
+    group = parser.add_argument_group("ranks", "as many as torchrun starts: T D P")
     group.add_argument("--tp", type=count, metavar="T", default=1, help="ranks that share each layer (1)")
     group.add_argument("--dp", type=count, metavar="D", help="ranks that share each batch (the others)")
+    group.add_argument("--pp", type=count, metavar="P", default=1, help="stages of a pipeline of layers (1)")
+    group.add_argument("--schedule-pp", choices=SCHEDULES, default="1f1b", help="of the pipeline (1f1b)")
     group.add_argument(
         "--timeout", type=count, metavar="S", default=300, help="seconds after which a rank that waits gives up (300)"
     )
+    group.add_argument("--uneven", action="store_true", help="allow widths that the ranks cannot share alike")
     return parser
 
 
@@ -45,13 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return run(argv)
-    except (InputError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{PROG}: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        speak(f"{PROG}: error: {error}")
         return 2
     except Diverged as error:
-        if dist.get_rank() == 0:
-            print(f"{PROG}: stopped: {error}", file=sys.stderr)
+        speak(f"{PROG}: stopped: {error}")
         return 1
     except RuntimeError as error:
         print(f"{PROG}: rank {os.environ.get('RANK')} stopped: {error}", file=sys.stderr)
@@ -61,27 +63,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
+def speak(message: str) -> None:
+    """Say for all ranks what ends all of them."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    else:
+        # The first rank to leave has torchrun end the others.
+        time.sleep(1)
+
+
 def make_mesh(degrees: Namespace, device_type: str) -> DeviceMesh:
-    """The ranks that torchrun started, as (dp, tp). Raises InputError if they are not as many as asked for."""
+    """The ranks that torchrun started, as (pp, dp, tp). Raises InputError if they are not as many as asked for."""
     if "RANK" not in os.environ:
         raise InputError("no ranks: start with torchrun --nproc-per-node N -m fusemlp.parallel ...")
     world = int(os.environ["WORLD_SIZE"])
-    dp = degrees.dp or world // degrees.tp
-    if degrees.tp * dp != world:
-        raise InputError(
-            f"argument --tp: {degrees.tp} x --dp {dp} makes {degrees.tp * dp} ranks, and there are {world}"
-        )
+    dp = degrees.dp or max(1, world // (degrees.tp * degrees.pp))
+    asked = degrees.tp * dp * degrees.pp
+    if asked != world:
+        given = f"--tp {degrees.tp} x --dp {dp} x --pp {degrees.pp}"
+        raise InputError(f"argument --nproc-per-node: {world} ranks, and {given} makes {asked}")
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(seconds=degrees.timeout))
-    return init_device_mesh(device_type, (dp, degrees.tp), mesh_dim_names=("dp", "tp"))
+    timeout = timedelta(seconds=degrees.timeout)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun may hand its store on from one start to the next, with the addresses of ranks that are no more.
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    return init_device_mesh(device_type, (degrees.pp, dp, degrees.tp), mesh_dim_names=("pp", "dp", "tp"))
 
 
 def run(argv: Sequence[str]) -> int:
     degrees, rest = make_degrees_parser().parse_known_args(argv)
     options = parse_options(rest)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    resuming = options.resume or (restarted and options.out is not None and (Path(options.out) / POINTER).exists())
+    resuming = options.resume or (restarts() and options.out is not None and (Path(options.out) / POINTER).exists())
     if resuming:
         saved = load_checkpoint(last_checkpoint(Path(str(options.out))) / PROGRESS)
         options = parse_options(rest, saved["options"])
@@ -90,20 +104,26 @@ def run(argv: Sequence[str]) -> int:
     device_type = "cuda" if options.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     mesh = make_mesh(degrees, device_type)
     folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
-    training = ParallelTraining(options, data, folder, mesh)
+    training = ParallelTraining(options, data, folder, mesh, degrees.uneven, degrees.schedule_pp)
     first = dist.get_rank() == 0
     if resuming:
         training.resume()
     else:
-        prepare(folder, options.overwrite or restarted)
+        prepare(folder, options.overwrite or restarts() > 0)
     if first:
         write_json(folder / CONFIG, configuration(options))
         introduce(training)
-        console.print(f"on {mesh['dp'].size()} (data) x {mesh['tp'].size()} (tensor) ranks")
+        sizes = zip(("pipeline", "data", "tensor"), mesh.shape, strict=True)
+        console.print(f"on {' x '.join(f'{size} ({name})' for name, size in sizes)} ranks")
         fit(training)
     else:
         training.fit(lambda _: None)
     return report(training) if first else 0
+
+
+def restarts() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def agreed(value: Any) -> Any:

@@ -4,17 +4,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
-from ..mlp.batch_norm import norm_act_dropout
 from ..mlp.dropout import drop
-from ..mlp.modules import BatchNorm1d, Dropout, norm_of
+from ..mlp.modules import Dropout, norm_of
 from ..mlp.reference import Columns, Norm
 from .linear import local, shard_parameter
+from .sync_batch_norm import SyncBatchNorm1d
 
 OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
 
 
-class ParallelBatchNorm1d(BatchNorm1d):
-    """A BatchNorm1d whose parameters and running averages are DTensors: this rank's channels, or all of them."""
+class ParallelBatchNorm1d(SyncBatchNorm1d):
+    """A BatchNorm1d whose parameters and running averages are DTensors: this rank's channels, or all of them.
+
+    Its statistics are of this rank's rows, or of those of other ranks too if it was a `SyncBatchNorm1d`.
+    """
+
+    over = None
 
     def shard(self, mesh: DeviceMesh, placement: Placement) -> None:
         """Keep this rank's part of what is whole."""
@@ -22,13 +27,8 @@ class ParallelBatchNorm1d(BatchNorm1d):
             shard_parameter(self, name, mesh, placement)
 
     def norm(self) -> Norm:
-        """What this rank computes."""
         norm = norm_of(self)
         return norm._replace(**{name: local(getattr(norm, name)) for name in OF_CHANNELS})
-
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        return norm_act_dropout(input, self.norm(), None, 0.0)
 
 
 class ParallelDropout(Dropout):

@@ -21,6 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since PyTorch 2.13, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -59,6 +63,9 @@ class Ranks:
     group: dist.ProcessGroup
     rank: int
     size: int
+
+    def __deepcopy__(self, memo: Any) -> "Ranks":
+        return self
 
     @staticmethod
     def of(mesh: dist.DeviceMesh) -> "Ranks":
@@ -102,7 +109,7 @@ def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
     if len(t) < each:
         t = torch.cat([t, t.new_zeros(each - len(t), *t.shape[1:])])
     whole = t.new_empty(each * ranks.size, *t.shape[1:])
-    dist.all_gather_into_tensor(whole, t.contiguous(), group=ranks.group)
+    _all_gather(whole, t.contiguous(), group=ranks.group)
     return whole[:n].movedim(0, dim).contiguous()
 
 
@@ -113,7 +120,7 @@ def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
     padding = -len(t) % ranks.size
     t = torch.cat([t, t.new_zeros(padding, *t.shape[1:])]) if padding else t.contiguous()
     part = t.new_empty(len(t) // ranks.size, *t.shape[1:])
-    dist.reduce_scatter_tensor(part, t, group=ranks.group)
+    _reduce_scatter(part, t, group=ranks.group)
     return part[: rows.stop - rows.start]
 
 

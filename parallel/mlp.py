@@ -39,7 +39,7 @@ def block_at(modules: Sequence[nn.Module], position: int, dims: int) -> Block | 
         return None
     tail, count, following = Layer(None, None), 1, iter(rest)  # pyright: ignore[reportArgumentType]
     module = next(following)
-    if isinstance(module, ParallelBatchNorm1d) and dims == 2:
+    if isinstance(module, ParallelBatchNorm1d) and module.over is None and dims == 2:
         tail, count, module = tail._replace(norm=module.norm()), count + 1, next(following)
     if module is not None and (name := activation_name(module)):
         tail, count, module = tail._replace(activation=name), count + 1, next(following)

@@ -15,8 +15,10 @@ from ..mlp.reference import Columns
 from .channels import ParallelBatchNorm1d, ParallelDropout
 from .collectives import Ranks
 from .linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear, check_divides
+from .sync_batch_norm import SyncBatchNorm1d
 
 ACTIVATION_OF: dict[type, str | None] = {nn.Linear: None, Linear: None, LinearReLU: "relu"}
+BATCH_NORMS = (nn.BatchNorm1d, BatchNorm1d, SyncBatchNorm1d)
 # Modules that treat every element alike, and so can stand between a column- and a row-parallel layer.
 ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
@@ -151,7 +153,7 @@ def check_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
     for prefix, sequential in sequences(model):
         check_chain(prefix, sequential, styles)
     for name, module in model.named_modules():
-        known = type(module) in (*ACTIVATION_OF, nn.BatchNorm1d, BatchNorm1d)
+        known = type(module) in (*ACTIVATION_OF, *BATCH_NORMS)
         if not known and next(module.parameters(recurse=False), None) is not None:
             raise TypeError(f"{name}: {type(module).__name__} holds parameters, and cannot be kept alike on the ranks")
 
@@ -166,7 +168,7 @@ def apply_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
     for module in model.modules():
         if type(module) in ACTIVATION_OF:
             become(module, ReplicatedLinear, mesh)
-        elif type(module) in (nn.BatchNorm1d, BatchNorm1d):
+        elif type(module) in BATCH_NORMS:
             _normalise(module, mesh, whole=True)
 
 

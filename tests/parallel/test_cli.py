@@ -1,0 +1,163 @@
+"""`torchrun -m fusemlp.parallel`: the run of one process, on several; and what becomes of it when a rank dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from fusemlp.mlp import MLP
+from fusemlp.mlp.__main__ import main
+from fusemlp.mlp.checkpoint import load_checkpoint
+
+OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --device cpu".split()  # noqa: SIM905
+
+
+def command(ranks, out, *options, restarts=0):
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts}"
+    return [sys.executable, *launcher.split(), "-m", "fusemlp.parallel", *OPTIONS, "--out", str(out), *options]
+
+
+# Adam would make steps of the rounding errors that are the gradients of biases before a batch norm.
+NORMALISED = ["--batch-norm", "--optimizer", "momentum"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(ranks, out, *options):
+    return subprocess.run(command(ranks, out, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def curve(out):
+    return pd.read_csv(Path(out) / "history.csv")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """By the number of options: the run of one process."""
+    made = {}
+
+    def make(*options):
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("alone")
+            assert main([*OPTIONS, *options, "--out", str(made[options] / "run")]) == 0
+        return made[options] / "run"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("ranks", "degrees", "options"),
+    [
+        pytest.param(2, ["--tp", "2", "--uneven"], ["--dropout", "0.2", *NORMALISED], id="tp 2"),
+        pytest.param(2, ["--dp", "2"], ["--dropout", "0", "--accumulate", "2", *NORMALISED], id="dp 2"),
+        pytest.param(2, ["--pp", "2"], ["--dropout", "0", "--clip", "0.5"], id="pp 2"),
+        pytest.param(4, ["--tp", "2", "--dp", "2", "--uneven"], ["--dropout", "0", "--clip", "0.5"], id="tp 2, dp 2"),
+    ],
+)
+def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, tmp_path):
+    done = run(ranks, tmp_path / "run", *degrees, *options)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(curve(tmp_path / "run"), curve(alone(*options)), rtol=1e-4, atol=1e-5)
+
+
+def test_its_best_weights_load_into_a_net_of_one_process(tmp_path):
+    assert run(2, tmp_path / "run", "--tp", "2", "--uneven").returncode == 0
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    net = MLP(4, [16, 8], 3, dropout=0.2)
+    net.load_state_dict(best["model"])
+    assert all(type(t) is torch.Tensor for t in best["model"].values())
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == best["epoch"]
+
+
+REFUSED = {
+    "degrees": (2, ["--tp", "3"], "argument --nproc-per-node: 2 ranks, and --tp 3 x --dp 1 x --pp 1 makes 3"),
+    "stages": (4, ["--pp", "4"], "argument --pp: 4; the net has 3 linear layers"),
+    "width": (2, ["--tp", "2"], "out_features of '6': 3 does not divide by 2 ranks; the nearest that do are 2 and 4"),
+    "option": (2, ["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
+    "nothing to resume": (2, ["--resume"], "checkpoint.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_cannot_use_is_one_line(case, tmp_path):
+    ranks, options, message = REFUSED[case]
+    done = run(ranks, tmp_path / "run", *options)
+    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(lines) == 1, done.stderr
+    assert re.search(message, lines[0])
+    assert done.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torchrun_it_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fusemlp.parallel", *OPTIONS, "--out", str(tmp_path / "run")],
+        env={name: value for name, value in ENVIRONMENT.items() if name != "RANK"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no ranks: start with torchrun" in done.stderr
+
+
+LONG = ["--epochs", "60", "--patience", "0", "--batch-size", "8"]
+
+
+def rank_of(pid):
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")), None)
+
+
+def kill_a_rank(process, out):
+    """End rank 1 once an epoch or two are done."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        pointer = out / "checkpoint.json"
+        if pointer.exists() and json.loads(pointer.read_text())["folder"] not in ("epoch-0", "epoch-1"):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (victim,) = [int(pid) for pid in children if rank_of(pid) == 1]
+            os.kill(victim, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+    pytest.fail("no epoch was done in a minute")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_fewer(alone, tmp_path):
+    out = tmp_path / "run"
+    options = ["--dropout", "0", *LONG]
+    process = subprocess.Popen(
+        command(2, out, "--dp", "2", *options),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kill_a_rank(process, out)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors
+    done = run(1, out, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(curve(out), curve(alone(*options)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_torchrun_restarts_a_run_that_ends_in_the_same_weights(tmp_path):
+    degrees = ["--tp", "2", "--uneven", "--dropout", "0.2", *LONG]
+    assert run(2, tmp_path / "whole", *degrees).returncode == 0
+    out = tmp_path / "restarted"
+    process = subprocess.Popen(
+        command(2, out, *degrees, restarts=1), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    kill_a_rank(process, out)
+    assert process.wait(timeout=120) == 0
+    restarted, whole = (load_checkpoint(folder / "best.pt") for folder in (out, tmp_path / "whole"))
+    assert restarted["epoch"] == whole["epoch"]
+    assert all(torch.equal(restarted["model"][name], t) for name, t in whole["model"].items())
