@@ -1,4 +1,5 @@
 """Train on several ranks: `torchrun --nproc-per-node N -m fusemlp.parallel --tp T --dp D --pp P [training options]`."""
+# pyright: reportPrivateImportUsage=false
 
 import os
 import sys

@@ -1,6 +1,7 @@
 """`torchrun -m fusemlp.parallel`: the run of one process, on several; and what becomes of it when a rank dies."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,9 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from fusemlp.mlp import MLP
 from fusemlp.mlp.__main__ import main
 from fusemlp.mlp.checkpoint import load_checkpoint
+from fusemlp.mlp.data import load_data
+from fusemlp.mlp.options import parse_options
+from fusemlp.parallel.__main__ import main as on_several
+from fusemlp.parallel.train import ParallelTraining
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
 
 OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --device cpu".split()  # noqa: SIM905
 
@@ -64,49 +70,57 @@ def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, t
     done = run(ranks, tmp_path / "run", *degrees, *options)
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(curve(tmp_path / "run"), curve(alone(*options)), rtol=1e-4, atol=1e-5)
-
-
-def test_its_best_weights_load_into_a_net_of_one_process(tmp_path):
-    assert run(2, tmp_path / "run", "--tp", "2", "--uneven").returncode == 0
-    best = load_checkpoint(tmp_path / "run" / "best.pt")
-    net = MLP(4, [16, 8], 3, dropout=0.2)
-    net.load_state_dict(best["model"])
-    assert all(type(t) is torch.Tensor for t in best["model"].values())
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == best["epoch"]
+    # And its best weights are those of a net of one process.
+    ours, its = (load_checkpoint(folder / "best.pt") for folder in (tmp_path / "run", alone(*options)))
+    assert ours["epoch"] == its["epoch"]
+    for name, t in its["model"].items():
+        assert type(ours["model"][name]) is torch.Tensor
+        torch.testing.assert_close(ours["model"][name], t, rtol=1e-3, atol=1e-4)
 
 
 REFUSED = {
-    "degrees": (2, ["--tp", "3"], "argument --nproc-per-node: 2 ranks, and --tp 3 x --dp 1 x --pp 1 makes 3"),
-    "stages": (4, ["--pp", "4"], "argument --pp: 4; the net has 3 linear layers"),
-    "width": (2, ["--tp", "2"], "out_features of '6': 3 does not divide by 2 ranks; the nearest that do are 2 and 4"),
-    "option": (2, ["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
-    "nothing to resume": (2, ["--resume"], "checkpoint.json does not exist"),
+    "degrees": (["--tp", "3"], "argument --nproc-per-node: 2 ranks, and --tp 3 x --dp 1 x --pp 1 makes 3"),
+    "option": (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
+    "nothing to resume": (["--resume"], "checkpoint.json does not exist"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_it_cannot_use_is_one_line(case, tmp_path):
-    ranks, options, message = REFUSED[case]
-    done = run(ranks, tmp_path / "run", *options)
-    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert len(lines) == 1, done.stderr
-    assert re.search(message, lines[0])
-    assert done.returncode != 0
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_use_is_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert on_several([*OPTIONS, "--out", str(tmp_path / "run"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
     assert not (tmp_path / "run").exists()
 
 
-def test_without_torchrun_it_says_so(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fusemlp.parallel", *OPTIONS, "--out", str(tmp_path / "run")],
-        env={name: value for name, value in ENVIRONMENT.items() if name != "RANK"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "no ranks: start with torchrun" in done.stderr
+def refuse_to_build(shape, folder, message):
+    options = parse_options(OPTIONS)
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp", "tp"))
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        ParallelTraining(options, data, Path(folder), mesh)
 
 
-LONG = ["--epochs", "60", "--patience", "0", "--batch-size", "8"]
+UNFIT = {
+    "width": ((1, 1, 2), "out_features of '6': 3 does not divide by 2 ranks; the nearest that do are 2 and 4 "),
+    "stages": ((4, 1, 1), "argument --pp: 4; the net has 3 linear layers, and each stage needs one"),
+}
+
+
+@pytest.mark.parametrize(("shape", "message"), UNFIT.values(), ids=UNFIT)
+def test_nets_that_the_ranks_cannot_share_are_refused(shape, message, tmp_path):
+    on_ranks(math.prod(shape), refuse_to_build, shape, str(tmp_path), message)
+
+
+def test_without_torchrun_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert on_several([*OPTIONS, "--out", str(tmp_path / "run")]) == 2
+    assert "no ranks: start with torchrun" in capsys.readouterr().err
+
+
+LONG = ["--epochs", "20", "--patience", "0", "--batch-size", "8"]
 
 
 def rank_of(pid):

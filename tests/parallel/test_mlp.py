@@ -62,8 +62,7 @@ def run_curve(options, hidden, backend, plan="auto", uneven=False):
     return together[0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "backend"), [(2, "torch"), (4, "torch"), (2, "triton")])
 @pytest.mark.parametrize("name", NETS)
 def test_the_curve_of_a_run_does_not_depend_on_the_ranks(name, world, backend):
     hidden = HIDDEN if backend == "torch" else HIDDEN[:2]
