@@ -2,6 +2,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import os
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -22,6 +23,7 @@ from ..mlp.errors import Diverged, InputError
 from ..mlp.options import configuration, count, make_parser, parse_options
 from ..mlp.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
 from ..mlp.train import Training
+from .lost_ranks import enlist, lost_ranks
 from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
 
 PROG = "fusemlp.parallel"
@@ -57,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         speak(f"{PROG}: stopped: {error}")
         return 1
     except RuntimeError as error:
-        print(f"{PROG}: rank {os.environ.get('RANK')} stopped: {error}", file=sys.stderr)
+        # torchrun's, who ends them all, and has patience.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        rank = os.environ.get("RANK")
+        lost = [f"rank {each} is lost" for each in lost_ranks()] if dist.is_initialized() else []
+        print(f"{PROG}: rank {rank} stopped: {'; '.join([*lost, str(error)])}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
@@ -90,6 +96,7 @@ def make_mesh(degrees: Namespace, device_type: str) -> DeviceMesh:
     # torchrun may hand its store on from one start to the next, with the addresses of ranks that are no more.
     store = dist.PrefixStore(f"start {restarts()}", store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    enlist()
     return init_device_mesh(device_type, (degrees.pp, dp, degrees.tp), mesh_dim_names=("pp", "dp", "tp"))
 
 

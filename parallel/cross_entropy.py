@@ -117,8 +117,9 @@ def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: Opt
     m = logits.detach().amax(1) if logits.shape[1] else logits.new_full((len(logits), logits.shape[2]), -torch.inf)
     relative = logits - m.where(m != -torch.inf, 0.0)[:, None]
     b = (q * relative.where(q != 0, 0.0)).sum(1)
-    mine = torch.stack([m, relative.exp().sum(1), b, q.sum(1)])  # [4, N, S]
-    m, total, b, a = gather_columns(mine[..., None], options.ranks, options.ranks.size)
+    # As the kernels' results are gathered, which a rank without classes does not compute.
+    mine = torch.stack([m, relative.exp().sum(1), b, q.sum(1)]).flatten(1)[..., None]
+    m, total, b, a = gather_columns(mine, options.ranks, options.ranks.size).view(4, *m.shape, -1)
     m = m.detach()
     shift = (m - m.amax(-1, keepdim=True)).where(m != -torch.inf, 0.0)
     loss = a.sum(-1) * (total * shift.exp()).sum(-1).log() - (b + a * shift).sum(-1)  # [N, S]

@@ -22,14 +22,15 @@ def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
     table = torch.stack(all_of_them).cpu()
     found = []
     for name, column in zip(facts, table.t(), strict=True):
-        differ = [
-            str(dist.get_global_rank(ranks.group, rank)) for rank in (column != column[0]).nonzero()[:, 0].tolist()
+        first, *differ = [
+            str(dist.get_global_rank(ranks.group, rank))
+            for rank in (0, *(column != column[0]).nonzero()[:, 0].tolist())
         ]
         if differ:
-            first = dist.get_global_rank(ranks.group, 0)
-            found.append(f"{name}: rank {' and rank '.join(differ)} differs from rank {first}")
+            who = f"rank {differ[0]} differs" if len(differ) == 1 else f"ranks {', '.join(differ)} differ"
+            found.append(f"{name}: {who} from rank {first}")
     if found:
-        raise ValueError("; ".join(found))
+        raise ValueError(f"{'; '.join(found)} (build the same on every rank, after the same torch.manual_seed)")
 
 
 def random_state(device_type: str) -> str:

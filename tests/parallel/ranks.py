@@ -9,17 +9,31 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = datetime.timedelta(seconds=20)
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "torch.distributed.tensor", "fusemlp.mlp.functional"])
+# Interpreted kernels on the CPU whatever the machine; a forked process could not use CUDA.
+_cpu = multiprocessing.get_context("forkserver")
+_cpu.set_forkserver_preload(["torch.distributed", "torch.distributed.tensor", "fusemlp.mlp.functional"])
+_cuda = multiprocessing.get_context("spawn")
 
 
-def _run(rank: int, world_size: int, folder: str, results: Connection, function: Callable[..., Any], args: Any) -> None:
+def _run(
+    rank: int,
+    world_size: int,
+    device: str,
+    debug: str,
+    folder: str,
+    results: Connection,
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
     torch.set_num_threads(1)
-    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+    torch.set_default_device(device)
+    torch.distributed.set_debug_level(getattr(torch.distributed.DebugLevel, debug))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=TIMEOUT
     )
@@ -33,16 +47,34 @@ def _run(rank: int, world_size: int, folder: str, results: Connection, function:
     torch.distributed.destroy_process_group()
 
 
-def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What function(*args) returns on each of so many ranks. Fails with the traceback of the first rank that did."""
+def everyone() -> DeviceMesh:
+    """All ranks in one dimension, on the device of this run."""
+    return init_device_mesh(torch.get_default_device().type, (torch.distributed.get_world_size(),))
+
+
+def on_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    device: str = "cpu",
+    debug: str = "DETAIL",
+    killed: int | None = None,
+) -> list[Any]:
+    """What function(*args) returns on each of so many ranks. Fails with the traceback of the first rank that did.
+
+    device: on "cuda" the ranks share one GPU and talk through Gloo. debug: what TORCH_DISTRIBUTED_DEBUG would say;
+    DistributedDataParallel crashes on "DETAIL" in PyTorch's CPU builds. killed: the rank that returns nothing.
+    """
+    context = _cpu if device == "cpu" else _cuda
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            _context.Process(target=_run, args=(rank, world_size, folder, sender, function, args))
+            context.Process(target=_run, args=(rank, world_size, device, debug, folder, sender, function, args))
             for rank, (_, sender) in enumerate(pipes)
         ]
-        for process in processes:
-            process.start()
+        with patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if device == "cpu" else {}):
+            for process in processes:
+                process.start()
         for _, sender in pipes:
             sender.close()
         returned: dict[int, Any] = {}
@@ -56,7 +88,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
                     try:
                         error, returned[rank] = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
                     except EOFError:
-                        error = "died"
+                        error, returned[rank] = None if rank == killed else "died", None
                     assert error is None, f"rank {rank}: {error}"
         finally:
             for process in processes:

@@ -4,18 +4,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from fusemlp.parallel import ParallelMLP
-from ranks import on_ranks
+from ranks import everyone, on_ranks
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 
 IN, HIDDEN, OUT = 5, (12, 8), 4
 
 
 def net_and_optimizer(seed):
     torch.manual_seed(seed)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = everyone()
     net = ParallelMLP(IN, HIDDEN, OUT, batch_norm=True, mesh=mesh, uneven=True)
     return net, torch.optim.AdamW(net.parameters(), lr=0.01)
 

@@ -25,8 +25,11 @@ from torch.distributed.device_mesh import init_device_mesh
 OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --device cpu".split()  # noqa: SIM905
 
 
-def command(ranks, out, *options, restarts=0):
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts}"
+def command(ranks, out, *options, restarts=0, monitor_interval=0.1):
+    launcher = (
+        f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts} "
+        f"--monitor-interval {monitor_interval}"
+    )
     return [sys.executable, *launcher.split(), "-m", "fusemlp.parallel", *OPTIONS, "--out", str(out), *options]
 
 
@@ -36,7 +39,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(ranks, out, *options):
-    return subprocess.run(command(ranks, out, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    environment = {**ENVIRONMENT, "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    return subprocess.run(command(ranks, out, *options), env=environment, capture_output=True, text=True, timeout=120)
 
 
 def curve(out):
@@ -147,7 +151,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_fewer(alone, tmp
     out = tmp_path / "run"
     options = ["--dropout", "0", *LONG]
     process = subprocess.Popen(
-        command(2, out, "--dp", "2", *options),
+        command(2, out, "--dp", "2", *options, monitor_interval=0.5),
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -156,6 +160,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_fewer(alone, tmp
     kill_a_rank(process, out)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "rank 0 stopped: rank 1 is lost" in errors
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors
     done = run(1, out, *options, "--resume")
     assert done.returncode == 0, done.stderr

@@ -6,16 +6,11 @@ from fusemlp.kernels import launch
 from fusemlp.parallel import vocab_parallel_cross_entropy
 from fusemlp.parallel.collectives import Collective, ledger
 from losses import OPTIONS
-from ranks import on_ranks
+from ranks import everyone, on_ranks
 from tolerance import assert_as_close_as_torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as torch_F
 
 ROWS = 7
-
-
-def everyone():
-    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
 
 
 def made(kind, classes, dtype=torch.float64, places=()):
@@ -65,6 +60,13 @@ def compare(backend, kind, weighted, smoothing, reduction, classes=16, dtype=tor
 def test_options(kind, weighted, smoothing, reduction, backend):
     first, second = on_ranks(2, compare, backend, kind, weighted, smoothing, reduction)
     assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_ranks_that_share_a_gpu(kind, world):
+    on_ranks(world, compare, "triton", kind, True, 0.1, "mean", 200, torch.bfloat16, device="cuda")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

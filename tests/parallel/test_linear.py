@@ -8,8 +8,7 @@ from fusemlp.kernels import cost, launch
 from fusemlp.mlp import MLP, Linear
 from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear, collectives, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
-from ranks import on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import everyone, on_ranks
 
 ROWS, IN, OUT = 8, 12, 24
 LAYERS = {
@@ -37,7 +36,7 @@ def integers(*shape):
 
 def run_layer(name, backend, activation="relu"):
     """Output, input gradient, parameter gradients, all whole; and the collectives."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = everyone()
     kind, options = LAYERS[name]
     alone = Linear(IN, OUT)
     with torch.no_grad():
@@ -77,6 +76,13 @@ def test_the_same_numbers_as_one_rank_alone(name, world, backend):
     on_ranks(world, run_layer, name, backend)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_same_numbers_on_ranks_that_share_a_gpu(name, world):
+    on_ranks(world, run_layer, name, "triton", device="cuda")
+
+
 X, Y = 4 * ROWS * IN, 4 * ROWS * OUT
 EXPECTED = {
     "column": ([], [Collective("all_reduce", X)]),
@@ -94,7 +100,7 @@ def test_collectives(name):
 
 
 def events_of_backward():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = everyone()
     layer = ColumnParallelLinear(IN, OUT, mesh=mesh)
     events = []
     with (
@@ -115,7 +121,7 @@ def test_the_input_gradient_travels_while_that_of_the_weight_is_computed():
 def second_derivatives(backend):
     """Of a gradient penalty: both orders go through the collectives."""
     torch.manual_seed(3)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = everyone()
     x = torch.randn(ROWS, IN, dtype=torch.float64, requires_grad=True)
     found = []
     for net in (MLP(IN, [8], 3, activation="tanh").double(), MLP(IN, [8], 3, activation="tanh").double()):

@@ -6,8 +6,7 @@ from fusemlp.kernels import launch
 from fusemlp.mlp import MLP
 from fusemlp.parallel import ColwiseParallel, ParallelMLP, RowwiseParallel, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
-from ranks import on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import everyone, on_ranks
 
 ROWS, IN, HIDDEN, OUT = 6, 5, (16, 8, 24), 4
 NETS = {
@@ -20,10 +19,6 @@ NETS = {
     "no activation": {"activation": None},
     "recomputed": {"batch_norm": True, "dropout": 0.3, "checkpoint": True},
 }
-
-
-def everyone():
-    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
 
 
 def whole(t):
@@ -68,6 +63,13 @@ def test_the_curve_of_a_run_does_not_depend_on_the_ranks(name, world, backend):
     hidden = HIDDEN if backend == "torch" else HIDDEN[:2]
     first, *others = on_ranks(world, run_curve, NETS[name], hidden, backend)
     assert all(torch.equal(first, each) for each in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", NETS)
+def test_the_curve_of_a_run_on_ranks_that_share_a_gpu(name, world):
+    on_ranks(world, run_curve, NETS[name], HIDDEN, "triton", device="cuda")
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 6, 7, 8])

@@ -4,15 +4,11 @@ import pytest
 import torch
 from fusemlp.mlp import MLP, BatchNorm1d, Linear, LinearReLU
 from fusemlp.parallel import ColumnParallelLinear, ColwiseParallel, ParallelMLP, RowwiseParallel, parallelize
-from ranks import on_ranks
+from ranks import everyone, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-
-
-def everyone():
-    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
 
 
 def agrees(model, plan="auto", rows=5, features=4):
@@ -178,7 +174,7 @@ def test_ranks_that_differ_are_refused(what):
 
 def differ_in_a_layer():
     out_features = 8 + torch.distributed.get_rank()
-    with pytest.raises(ValueError, match="layer: rank 1 and rank 2 and rank 3 differs from rank 0"):
+    with pytest.raises(ValueError, match="layer: ranks 1, 2, 3 differ from rank 0"):
         ColumnParallelLinear(4, out_features, mesh=everyone())
 
 

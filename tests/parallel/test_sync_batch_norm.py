@@ -8,16 +8,11 @@ from fusemlp.kernels import launch
 from fusemlp.mlp import MLP, BatchNorm1d
 from fusemlp.parallel import SyncBatchNorm1d, convert_sync_batch_norm
 from fusemlp.parallel.collectives import Collective, ledger
-from ranks import on_ranks
+from ranks import everyone, on_ranks
 from tolerance import assert_as_close_as_torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 CHANNELS = 5
-
-
-def everyone():
-    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
 
 
 def mine(t, shares):
@@ -74,6 +69,12 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_statistics_of_all_rows(options, backend):
     on_ranks(2, compare, backend, [3, 4], options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shares", [[3, 4], [1, 1, 4, 2]], ids=str)
+def test_the_statistics_of_all_rows_on_ranks_that_share_a_gpu(shares):
+    on_ranks(len(shares), compare, "triton", shares, {}, device="cuda")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -143,7 +144,7 @@ def under_ddp():
 
 
 def test_in_a_net_under_distributed_data_parallel():
-    on_ranks(2, under_ddp)
+    on_ranks(2, under_ddp, debug="OFF")
 
 
 def converted():

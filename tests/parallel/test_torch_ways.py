@@ -87,7 +87,7 @@ def accumulated(backend, options):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["kept", "recomputed"])
 def test_data_parallel_with_gradient_accumulation(options, backend):
-    on_ranks(2, accumulated, backend, options)
+    on_ranks(2, accumulated, backend, options, debug="OFF")
 
 
 def fully_sharded(backend, options, layers):
@@ -150,7 +150,7 @@ def sharded_optimizer():
 
 
 def test_sharded_optimizer_state():
-    on_ranks(2, sharded_optimizer)
+    on_ranks(2, sharded_optimizer, debug="OFF")
 
 
 def pipelined(schedule, backend):
