@@ -59,6 +59,22 @@ def traffic(results: Path) -> str:
     )
 
 
+def scaling(results: Path) -> str:
+    (path,) = stored(results, "scaling/scaling.csv")
+    rows = pd.read_csv(path)
+    more = rows[rows["ranks"] > 1]
+    efficiency = more.pivot(index="net", columns="ranks", values="modelled_efficiency").reindex(rows["net"].unique())
+    table = efficiency.map("{:.2f}".format).add_prefix("efficiency on ").add_suffix(" ranks")
+    most = more["ranks"].where(more["pays"], 1).groupby(more["net"]).max()
+    table["pays up to"] = most.map(lambda ranks: f"{ranks} ranks" if ranks > 1 else "never")
+    of = rows.iloc[0]
+    return (
+        f"{markdown(table.rename_axis('net').reset_index())}\n"
+        f"One training step, modelled and not measured: {of['bandwidth_tb_s']:g} TB/s, {of['rate']}, a bus of "
+        f"{of['bus_gb_s']:g} GB/s for each rank, {of['latency_us']:g} µs for each collective.\n"
+    )
+
+
 def codegen(results: Path) -> str:
     by_arch = {int(path.stem.removeprefix("sm_")): path for path in stored(results, "codegen/sm_*.csv")}
     rows = []
@@ -117,8 +133,15 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "regimes": lambda folder: plot.regimes(pd.read_csv(folder / "regimes.csv")),
     "ops": lambda folder: plot.speedups(pd.read_csv(folder / "ops.csv"), "ops"),
     "mlp": lambda folder: plot.speedups(pd.read_csv(folder / "mlp.csv"), "mlp"),
+    "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
 }
-SECTIONS: dict[str, Callable[[Path], str]] = {"traffic": traffic, "codegen": codegen, "speed": speed, "claims": claims}
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "traffic": traffic,
+    "scaling": scaling,
+    "codegen": codegen,
+    "speed": speed,
+    "claims": claims,
+}
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 
 

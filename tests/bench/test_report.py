@@ -56,6 +56,29 @@ def test_the_traffic_table_says_what_is_modelled(results):
     assert "Times are modelled, not measured: 4.3 TB/s, 770 TFLOP/s, 0 µs per launch." in text
 
 
+SCALING = """\
+| net | efficiency on 2 ranks | efficiency on 4 ranks | pays up to |
+| --- | ---: | ---: | ---: |
+| wide | 0.90 | 0.75 | 4 ranks |
+| narrow | 0.40 | 0.15 | never |
+
+One training step, modelled and not measured: 4.3 TB/s, 770 TFLOP/s, a bus of 450 GB/s for each rank, 10 µs for each \
+collective.
+"""
+
+
+def test_the_scaling_table_says_up_to_how_many_ranks_pay(tmp_path):
+    columns = ["net", "ranks", "modelled_efficiency", "pays"]
+    rows = [
+        *(("wide", 1, 1.0, False), ("wide", 2, 0.9, True), ("wide", 4, 0.75, True)),
+        *(("narrow", 1, 1.0, False), ("narrow", 2, 0.4, False), ("narrow", 4, 0.15, False)),
+    ]
+    assumed = {"bandwidth_tb_s": 4.3, "rate": "770 TFLOP/s", "bus_gb_s": 450, "latency_us": 10}
+    write_table(pd.DataFrame(rows, columns=columns).assign(**assumed), tmp_path / "scaling", "scaling")
+    text = render("<!-- begin scaling -->\n<!-- end scaling -->\n", tmp_path)
+    assert text == f"<!-- begin scaling -->\n{SCALING}<!-- end scaling -->\n"
+
+
 SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"
 
 
@@ -120,7 +143,7 @@ def test_check_passes_after_a_report(results, readme):
     ("section", "message"),
     [
         ("traffic", "traffic.csv: no such table"),
-        ("magic", "section 'magic': allowed are traffic, codegen, speed, claims"),
+        ("magic", "section 'magic': allowed are traffic, scaling, codegen, speed, claims"),
     ],
 )
 def test_what_it_cannot_render_is_one_line(section, message, readme, tmp_path, capsys):
