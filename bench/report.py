@@ -62,14 +62,20 @@ def traffic(results: Path) -> str:
 def scaling(results: Path) -> str:
     (path,) = stored(results, "scaling/scaling.csv")
     rows = pd.read_csv(path)
-    more = rows[rows["ranks"] > 1]
-    efficiency = more.pivot(index="net", columns="ranks", values="modelled_efficiency").reindex(rows["net"].unique())
-    table = efficiency.map("{:.2f}".format).add_prefix("efficiency on ").add_suffix(" ranks")
-    most = more["ranks"].where(more["pays"], 1).groupby(more["net"]).max()
-    table["pays up to"] = most.map(lambda ranks: f"{ranks} ranks" if ranks > 1 else "never")
+    table = []
+    for net, of_net in rows.groupby("net", sort=False):
+        efficiencies = zip(of_net["ranks"], of_net["modelled_efficiency"], strict=True)
+        most = max(of_net["ranks"].where(of_net["pays"], 0))
+        table.append(
+            {
+                "net": net,
+                **{f"efficiency on {ranks} ranks": f"{each:.2f}" for ranks, each in efficiencies if ranks > 1},
+                "pays up to": f"{most} ranks" if most else "never",
+            }
+        )
     of = rows.iloc[0]
     return (
-        f"{markdown(table.rename_axis('net').reset_index())}\n"
+        f"{markdown(pd.DataFrame(table))}\n"
         f"One training step, modelled and not measured: {of['bandwidth_tb_s']:g} TB/s, {of['rate']}, a bus of "
         f"{of['bus_gb_s']:g} GB/s for each rank, {of['latency_us']:g} µs for each collective.\n"
     )

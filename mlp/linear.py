@@ -1,6 +1,7 @@
 """Linear layers, alone and in chains."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .batch_norm import norm_act_dropout
-from .chain import Entrance, Layer, run_chain
+from .chain import Entrance, Layer, differentiable_grads, run_chain
 
 
 def linear_chain(
@@ -33,23 +34,56 @@ def linear_chain(
     served = launch.explain(input, *(t for layer in layers for t in (layer.weight, layer.bias))).backend == "triton"
     # A compiler sees an operator for each pass; what the fused ones work on has shapes that depend on their tiles.
     if not served or (torch.compiler.is_compiling() and not all(layer.plain for layer in layers)):
-        return _layer_by_layer(entrance(input) if entrance else input, layers, served)
+        return _layer_by_layer(input, layers, served, entrance)
 
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     output = run_chain(rows, layers, recompute, entrance)
     return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
 
 
-def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool) -> Tensor:
-    for layer in layers:
+def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool, entrance: Entrance | None) -> Tensor:
+    for number, layer in enumerate(layers):
         product = layer if layer.plain else Layer(layer.weight, layer.bias)
+        enters = entrance if number == 0 else None
         if served:
-            input = linear_chain(input, [product])
+            input = linear_chain(enters(input) if enters else input, [product])
+        elif enters and not torch.compiler.is_compiling():
+            entered = EnteringLinearFunction.apply(input, product.weight, product.bias, enters)
+            input = reference.ACTIVATIONS[product.activation](entered)
         else:
+            input = enters(input) if enters else input
             input = reference.linear(input, product.weight, product.bias, product.activation)
         if not layer.plain:
             input = norm_act_dropout(input, layer.norm, layer.activation, layer.p, layer.columns)
     return input
+
+
+class EnteringLinearFunction(torch.autograd.Function):
+    """input weight^T + bias by PyTorch; the input's gradient passes the entrance while the weight's is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, entrance: Entrance) -> Tensor:
+        ctx.save_for_backward(input, weight, bias)
+        ctx.entrance = entrance
+        return torch.nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, weight, bias = ctx.saved_tensors
+        input_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = differentiable_grads(
+                grad_output,
+                (input, weight, bias),
+                (input_needs, weight_needs, bias_needs),
+                lambda x, *params: torch.nn.functional.linear(ctx.entrance(x), *params),
+            )
+            return *found, None
+        finish = ctx.entrance.start(grad_output @ weight) if input_needs else None
+        dz, x = (torch.atleast_2d(t).flatten(0, -2) for t in (grad_output, input))
+        dw = dz.t() @ x if weight_needs else None
+        db = dz.sum(0) if bias_needs else None
+        return finish() if finish else None, dw, db, None
 
 
 def autocasts(t: Tensor) -> bool:

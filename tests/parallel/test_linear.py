@@ -9,6 +9,7 @@ from fusemlp.mlp import MLP, Linear
 from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear, collectives, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
 from ranks import everyone, on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS, IN, OUT = 8, 12, 24
 LAYERS = {
@@ -99,14 +100,28 @@ def test_collectives(name):
     assert on_ranks(2, run_layer, name, "torch") == [EXPECTED[name]] * 2
 
 
-def events_of_backward():
+class Products(TorchDispatchMode):
+    """Enters PyTorch's matrix products into a list."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.events.append("product")
+        return func(*args, **(kwargs or {}))
+
+
+def events_of_backward(backend):
     mesh = everyone()
     layer = ColumnParallelLinear(IN, OUT, mesh=mesh)
     events = []
     with (
-        launch.backend("triton"),
-        patch.object(cost, "report", lambda name, *_: events.append(name)),
+        launch.backend(backend),
+        patch.object(cost, "report", lambda name, *_: events.append("product")),
         patch.object(collectives, "_report", lambda kind, _: events.append(kind)),
+        Products(events),
     ):
         y = layer(torch.randn(ROWS, IN, requires_grad=True))
         events.clear()
@@ -114,8 +129,29 @@ def events_of_backward():
     return events
 
 
-def test_the_input_gradient_travels_while_that_of_the_weight_is_computed():
-    assert on_ranks(2, events_of_backward)[0] == ["linear_dgrad", "all_reduce", "linear_wgrad"]
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_input_gradient_travels_while_that_of_the_weight_is_computed(backend):
+    assert on_ranks(2, events_of_backward, backend)[0] == ["product", "all_reduce", "product"]
+
+
+def any_rows(backend, shape):
+    torch.manual_seed(1)
+    found = []
+    for kind, more in ((Linear, {}), (ColumnParallelLinear, {"mesh": everyone(), "gather_output": True})):
+        torch.manual_seed(2)
+        layer = kind(IN, OUT, dtype=torch.float64, **more)
+        x = torch.randn(*shape, IN, dtype=torch.float64, requires_grad=True)
+        with launch.backend(backend):
+            y = layer(x)
+            y.sin().sum().backward()
+        found.append([y.detach(), x.grad, whole(layer.weight.grad), whole(layer.bias.grad)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_any_leading_dimensions(shape, backend):
+    on_ranks(2, any_rows, backend, shape)
 
 
 def second_derivatives(backend):
