@@ -29,7 +29,7 @@ def check_divides(name: str, n: int, ranks: Ranks, uneven: bool) -> None:
     below = n // ranks.size * ranks.size
     nearest = " and ".join(str(each) for each in (below, below + ranks.size) if each)
     raise ValueError(
-        f"{name}: {n} does not divide by {ranks.size} ranks; the nearest that do are {nearest} (or uneven=True)"
+        f"{name}: {n} does not divide by {ranks.size} ranks; the nearest that do are {nearest} (or allow uneven parts)"
     )
 
 
