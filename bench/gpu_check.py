@@ -4,6 +4,7 @@
 
     correctness   the tests on CUDA tensors, without the interpreter
     sanitizer     compute-sanitizer's memcheck and racecheck over every kernel at ragged shapes, where the tool is there
+    parallel      sharded nets: NCCL on one rank, and ranks that share the GPU
     ops, mlp      the benchmarks of these names
 
 and writes DIR/SECTION.log, DIR/status.json and, of all that, DIR.tar.gz. A section that passed is not run again.
@@ -26,7 +27,7 @@ from rich.console import Console
 from ..mlp.checkpoint import atomic_write
 from .results import environment
 
-SECTIONS = ("correctness", "sanitizer", "ops", "mlp")
+SECTIONS = ("correctness", "sanitizer", "parallel", "ops", "mlp")
 SECTION_SECONDS = 480
 CORRECTNESS = (
     *("functional", "modules", "model", "chain", "block", "recompute"),
@@ -42,6 +43,8 @@ def commands(section: str, out: Path) -> list[list[str]]:
     if section == "correctness":
         folders = ["tests/kernels", *(f"tests/mlp/test_{name}.py" for name in CORRECTNESS)]
         return [[*PYTEST, *folders, f"--junitxml={out / 'correctness.xml'}"]]
+    if section == "parallel":
+        return [[*PYTEST, "tests/parallel", "-m", "gpu"]]
     if section in ("ops", "mlp"):
         dtypes = ["bfloat16", "float32", "float16"] if section == "ops" else ["bfloat16"]
         return [[sys.executable, "-m", "fusemlp.bench", section, "--dtype", *dtypes, "--out", str(out / section)]]
