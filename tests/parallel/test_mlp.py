@@ -140,3 +140,19 @@ def test_one_all_reduce_for_a_pair_each_way(backend):
     returned = [Collective("all_reduce", 8 * ROWS * n) for n in (HIDDEN[1], OUT)]
     needed = [Collective("all_reduce", 8 * ROWS * HIDDEN[1])]
     assert on_ranks(2, collectives_of_a_step, backend) == [(returned, needed)] * 2
+
+
+def compiled():
+    net = ParallelMLP(IN, HIDDEN[:2], OUT, mesh=everyone(), dtype=torch.float64)
+    x = torch.randn(ROWS, IN, dtype=torch.float64)
+    found = []
+    for each in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        y = each(leaf)
+        grads = torch.autograd.grad(y.square().sum(), [leaf, *net.parameters()])
+        found.append([y.detach(), *map(whole, grads)])
+    torch.testing.assert_close(*found)
+
+
+def test_compiled():
+    on_ranks(2, compiled)
