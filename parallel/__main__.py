@@ -18,11 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..mlp.__main__ import console, fit, introduce, verify
 from ..mlp.checkpoint import load_checkpoint
-from ..mlp.data import load_data
+from ..mlp.data import Data, load_data
 from ..mlp.errors import Diverged, InputError
-from ..mlp.options import configuration, count, make_parser, parse_options
+from ..mlp.options import Options, configuration, count, make_parser, parse_options
 from ..mlp.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
 from ..mlp.train import Training
+from .collectives import Ranks
+from .handshake import check_alike
 from .lost_ranks import enlist, lost_ranks
 from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
 
@@ -79,8 +81,11 @@ def speak(message: str) -> None:
         time.sleep(1)
 
 
-def make_mesh(degrees: Namespace, device_type: str) -> DeviceMesh:
-    """The ranks that torchrun started, as (pp, dp, tp). Raises InputError if they are not as many as asked for."""
+def make_mesh(degrees: Namespace, options: Options, data: Data, device_type: str) -> DeviceMesh:
+    """The ranks that torchrun started, as (pp, dp, tp).
+
+    Raises InputError if they are not as many as asked for, ValueError if their command lines or data differ.
+    """
     if "RANK" not in os.environ:
         raise InputError("no ranks: start with torchrun --nproc-per-node N -m fusemlp.parallel ...")
     world = int(os.environ["WORLD_SIZE"])
@@ -97,6 +102,9 @@ def make_mesh(degrees: Namespace, device_type: str) -> DeviceMesh:
     store = dist.PrefixStore(f"start {restarts()}", store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     enlist()
+    asked_for = vars(degrees) | configuration(options)
+    facts = {f"argument --{name.replace('_', '-')}": value for name, value in asked_for.items()}
+    check_alike(Ranks.world(), device_type, data=data.fingerprint(), **facts)
     return init_device_mesh(device_type, (degrees.pp, dp, degrees.tp), mesh_dim_names=("pp", "dp", "tp"))
 
 
@@ -110,7 +118,7 @@ def run(argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads or 1)
     data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
     device_type = "cuda" if options.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    mesh = make_mesh(degrees, device_type)
+    mesh = make_mesh(degrees, options, data, device_type)
     folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
     training = ParallelTraining(options, data, folder, mesh, degrees.uneven, degrees.schedule_pp)
     first = dist.get_rank() == 0

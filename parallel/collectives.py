@@ -75,6 +75,12 @@ class Ranks:
             raise ValueError(f"mesh: {mesh.ndim} dimensions; name one of them, as in mesh[name] (names: {names})")
         return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
+    @staticmethod
+    def world() -> "Ranks":
+        """All of them."""
+        assert dist.group.WORLD is not None
+        return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
     def part(self, n: int, rank: int | None = None) -> slice:
         """This rank's part, or another's, of a dimension of size n."""
         each = -(-n // self.size)

@@ -1,4 +1,4 @@
-"""What the ranks of a sharded net must agree on, checked once, before anything is cut."""
+"""What the ranks of a sharded net, or of a run, must agree on: checked once, before anything is cut."""
 
 import hashlib
 from typing import Any
@@ -30,7 +30,7 @@ def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
             who = f"rank {differ[0]} differs" if len(differ) == 1 else f"ranks {', '.join(differ)} differ"
             found.append(f"{name}: {who} from rank {first}")
     if found:
-        raise ValueError(f"{'; '.join(found)} (build the same on every rank, after the same torch.manual_seed)")
+        raise ValueError("; ".join(found))
 
 
 def random_state(device_type: str) -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +123,26 @@ def test_without_torchrun_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert on_several([*OPTIONS, "--out", str(tmp_path / "run")]) == 2
     assert "no ranks: start with torchrun" in capsys.readouterr().err
+
+
+def test_ranks_that_were_asked_for_different_things_are_refused(tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    out = tmp_path / "run"
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fusemlp.parallel", *OPTIONS, "--out", str(out), "--lr", f"0.0{rank + 1}"],
+            env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, _ = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "argument --lr: rank 1 differs from rank 0" in first
+    assert not out.exists()
 
 
 LONG = ["--epochs", "20", "--patience", "0", "--batch-size", "8"]
