@@ -34,7 +34,6 @@ from ..kernels.batch_norm import (
     batch_norm_bwd_sums,
     batch_norm_fwd,
     dropout_args,
-    norm_args,
 )
 from ..kernels.config import GemmConfig
 from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
@@ -174,12 +173,12 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in NORM_ACTIVATIONS:
         yield (
             f"linear_dgrad norm {name} dropout",
-            lambda name=name: linear_dgrad_norm(dz, w, x, norm_args(*norm), dropout, name),
+            lambda name=name: linear_dgrad_norm(dz, w, x, norm, dropout, name),
         )
     total = torch.empty(N, K, dtype=dtype)
     add = Epilogue(add_to, (total, K), heavy=True)
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
-    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, None, dropout, "relu")
+    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, (None,) * 5, dropout, "relu")
 
 
 def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -204,6 +203,7 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"batch_norm_bwd {name} dropout",
             lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
         )
+    yield "batch_norm_fwd no affine", lambda: batch_norm_fwd(x, mean, var, None, None, 1e-5, "relu", 0.0, None)
     yield "scale", lambda: scale_([x, dy, weight.to(dtype)], bias.to(dtype)[0])
     for C in CLASSES:
         logits, index, classes = (

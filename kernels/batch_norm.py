@@ -42,11 +42,11 @@ def load_rstd(norm, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def normalize(x, norm, col, N, BLOCK_N: tl.constexpr):
-    """xhat and u of a tile; the tile itself, twice, if `norm` is None."""
-    if norm is None:
+    """xhat and u of a tile; the tile itself, twice, without a mean."""
+    mean_ptr, _, weight_ptr, bias_ptr, _ = norm
+    if mean_ptr is None:
         return x, x
     else:
-        mean_ptr, _, weight_ptr, bias_ptr, _ = norm
         mean = load_columns(mean_ptr, col, N, x.dtype, BLOCK_N)
         xhat = (x - mean) * load_rstd(norm, col, N, x.dtype, BLOCK_N)
         u = xhat
@@ -145,24 +145,17 @@ def _apply_bwd_kernel(
         du_mean = load_columns(sums_ptr, col, N, ACC_DTYPE, BLOCK_N) / M
         du_xhat_mean = load_columns(sums_ptr + N, col, N, ACC_DTYPE, BLOCK_N) / M
         dx = dx - du_mean - xhat * du_xhat_mean
-    if norm is not None:
-        _, _, weight_ptr, _, _ = norm
+    mean_ptr, _, weight_ptr, _, _ = norm
+    if mean_ptr is not None:
         dx = dx * load_rstd(norm, col, N, ACC_DTYPE, BLOCK_N)
         if weight_ptr is not None:
             dx = dx * load_columns(weight_ptr, col, N, ACC_DTYPE, BLOCK_N)
     store_tile(dx_ptr, dx, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
-def norm_args(
-    mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Any, ...] | None:
-    """What `normalize` takes."""
-    return None if mean is None else (mean, var, weight, bias, eps)
-
-
-def dropout_args(p: float, seed: Tensor | None, col_offset: int = 0) -> tuple[Any, ...] | None:
+def dropout_args(p: float, seed: Tensor | None, col_offset: int = 0) -> tuple[Any, ...]:
     """What `drop` takes."""
-    return None if seed is None else Dropout(p, seed, col_offset=col_offset).args()
+    return (None,) if seed is None else Dropout(p, seed, col_offset=col_offset).args()
 
 
 def _batch_norm_fwd_outputs(x: Tensor, *_: Any) -> list[Tensor]:
@@ -189,7 +182,7 @@ def batch_norm_fwd(
     (y,) = outputs = _batch_norm_fwd_outputs(x)
     launch.check_addressable(x)
     M, N = x.shape
-    norm = norm_args(mean, var, weight, bias, eps)
+    norm = (mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_kernel, -(-M // block_m) * -(-N // block_n), x.device,
@@ -197,7 +190,7 @@ def batch_norm_fwd(
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_fwd", 0, (x, y, seed, *(norm or ())[:4]))
+    cost.report("batch_norm_fwd", 0, (x, y, seed, *norm[:4]))
     return outputs
 
 
@@ -257,7 +250,7 @@ def batch_norm_bwd_sums(
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _grad_sums_kernel, splits * -(-N // block_n), x.device,
-        dy, x, partial, norm_args(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset),
+        dy, x, partial, (mean, var, weight, bias, eps), dropout_args(p, seed, col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
@@ -289,7 +282,7 @@ def batch_norm_bwd(
     (dx,) = outputs = _batch_norm_bwd_outputs(dy, x)
     launch.check_addressable(dy, x)
     M, N = x.shape
-    norm = norm_args(mean, var, weight, bias, eps)
+    norm = (mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_bwd_kernel, -(-M // block_m) * -(-N // block_n), x.device,
@@ -297,5 +290,5 @@ def batch_norm_bwd(
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, *(norm or ())[:4]))
+    cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, *norm[:4]))
     return outputs

@@ -33,8 +33,8 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of x with elements dropped and the others scaled up; all of it if `dropout` is None."""
-    if dropout is None:
+    """A tile of x with elements dropped and the others scaled up; all of it without a seed."""
+    if dropout[0] is None:
         return x
     else:
         seed_ptr, stream, row_offset, col_offset, misaligned, threshold, scale = dropout

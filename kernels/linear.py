@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import cost, launch
 from .activation import ACTIVATIONS, functions_of_preact, identity
-from .batch_norm import norm_args
 from .epilogue import (
     Epilogue,
     bias_act,
@@ -117,7 +116,7 @@ def linear_fwd_norm(
 ) -> list[Tensor]:
     """[act(u)], u = (x w^T + b - mean) / sqrt(var + eps) norm_weight + norm_bias: normalised in the epilogue."""
     (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
-    norm = norm_args(mean, var, norm_weight, norm_bias, eps)
+    norm = mean, var, norm_weight, norm_bias, eps
     gemm("linear_fwd", x, w.t(), y, Epilogue(bias_norm_act, (b, norm), functions_of_preact(activation), heavy=True))
     return outputs
 
@@ -126,18 +125,20 @@ def linear_dgrad_norm(
     dz: Tensor,
     w: Tensor,
     x: Tensor,
-    norm: tuple[Any, ...] | None,
-    dropout: tuple[Any, ...] | None,
+    norm: tuple[Any, ...],
+    dropout: tuple[Any, ...],
     activation: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """du of the block below, act'(u) dropout'(dz w), where it normalised x (M, K), and partial sums of du and du xhat.
 
-    What `batch_norm.merge_grad_sums` and `batch_norm.batch_norm_bwd` go on with; no sums without `norm`.
+    What `batch_norm.merge_grad_sums` and `batch_norm.batch_norm_bwd` go on with. norm: mean, var, weight, bias and eps,
+    without a mean nothing was normalised and there are no sums; dropout: see `batch_norm.dropout_args`.
     """
     du = dz.new_empty(dz.shape[0], w.shape[1])
-    args = (x, x.stride(0), norm, dropout, *(() if norm else (None,)))
+    normalised = norm[0] is not None
+    args = (x, x.stride(0), norm, dropout, *(() if normalised else (None,)))
     fns = functions_of_preact(activation)
-    sums = gemm("linear_dgrad", dz, w, du, Epilogue(dnorm, args, fns, heavy=True, column_sums=norm is not None))
+    sums = gemm("linear_dgrad", dz, w, du, Epilogue(dnorm, args, fns, heavy=True, column_sums=normalised))
     return du, None if sums is None else sums[0]
 
 

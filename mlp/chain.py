@@ -28,7 +28,6 @@ if launch.HAS_TRITON:
         batch_norm_fwd,
         dropout_args,
         merge_grad_sums,
-        norm_args,
     )
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.linear import (
@@ -167,7 +166,7 @@ def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Gra
     """Through a product and all that follows the product below it."""
     if below.plain:
         return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
-    norm, dropped = norm_args(*_norm(below, kept)), dropout_args(below.p, kept.seed, below.offset)
+    norm, dropped = _norm(below, kept), dropout_args(below.p, kept.seed, below.offset)
     du, partial = linear_dgrad_norm(dz, weight, kept.preact, norm, dropped, below.activation)
     if below.norm is None:
         return Grads(du)

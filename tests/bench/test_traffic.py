@@ -208,7 +208,8 @@ def bf16(*shape):
         pytest.param(lambda: linear_fwd_moments(bf16(13, 37), bf16(50, 37), bf16(50)), id="fwd-moments"),
         pytest.param(lambda: linear_fwd_norm(bf16(13, 37), bf16(50, 37), None, *ones(50), 1e-5, None), id="fwd-norm"),
         pytest.param(
-            lambda: linear_dgrad_norm(bf16(13, 37), bf16(37, 50), bf16(13, 50), None, None, "relu"), id="dgrad-x"
+            lambda: linear_dgrad_norm(bf16(13, 37), bf16(37, 50), bf16(13, 50), (None,) * 5, (None,), "relu"),
+            id="dgrad-x",
         ),
         pytest.param(lambda: column_moments(bf16(30, 100), None, None, None, 0.1), id="moments"),
         pytest.param(lambda: batch_norm_fwd(bf16(30, 100), *ones(100), 1e-5, "relu", 0.0, None), id="norm-fwd"),
