@@ -15,6 +15,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = datetime.timedelta(seconds=20)
+# What TORCH_DISTRIBUTED_DEBUG would say. Before 2.13 DTensors cannot be gathered on DETAIL.
+DEBUG = "DETAIL" if torch.__version__ >= (2, 13) else "OFF"
 # Interpreted kernels on the CPU whatever the machine; a forked process could not use CUDA.
 _cpu = multiprocessing.get_context("forkserver")
 _cpu.set_forkserver_preload(["torch.distributed", "torch.distributed.tensor", "fusemlp.mlp.functional"])
@@ -57,13 +59,13 @@ def on_ranks(
     function: Callable[..., Any],
     *args: Any,
     device: str = "cpu",
-    debug: str = "DETAIL",
+    debug: str = DEBUG,
     killed: int | None = None,
 ) -> list[Any]:
     """What function(*args) returns on each of so many ranks. Fails with the traceback of the first rank that did.
 
-    device: on "cuda" the ranks share one GPU and talk through Gloo. debug: what TORCH_DISTRIBUTED_DEBUG would say;
-    DistributedDataParallel crashes on "DETAIL" in PyTorch's CPU builds. killed: the rank that returns nothing.
+    device: on "cuda" the ranks share one GPU and talk through Gloo. debug: DistributedDataParallel crashes on "DETAIL"
+    in PyTorch's CPU builds. killed: the rank that returns nothing.
     """
     context = _cpu if device == "cpu" else _cuda
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from fusemlp.mlp.data import load_data
 from fusemlp.mlp.options import parse_options
 from fusemlp.parallel.__main__ import main as on_several
 from fusemlp.parallel.train import ParallelTraining
-from ranks import on_ranks
+from ranks import DEBUG, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --device cpu".split()  # noqa: SIM905
@@ -40,7 +40,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(ranks, out, *options):
-    environment = {**ENVIRONMENT, "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    environment = {**ENVIRONMENT, "TORCH_DISTRIBUTED_DEBUG": DEBUG}
     return subprocess.run(command(ranks, out, *options), env=environment, capture_output=True, text=True, timeout=120)
 
 
