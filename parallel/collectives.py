@@ -20,10 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
 
 # Their names since PyTorch 2.13, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_functional_all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_functional_reduce_scatter: Any = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,20 @@ class Ranks:
         return slice(first, min(n, first + each))
 
 
+# A compiler knows no handles and orders collectives itself; of those that write into their arguments PyTorch 2.11 loses
+# what they write in a backward pass. So it gets the functional ones.
+
+
 def start_all_reduce(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
     """Begin to add up t over the ranks, in place; the call that is returned waits for the sum."""
     _report("all_reduce", t.nbytes)
-    # A compiler knows no handles, and orders collectives itself.
-    work: Any = dist.all_reduce(t, group=ranks.group, async_op=not torch.compiler.is_compiling())
+    if torch.compiler.is_compiling():
+        total = functional.all_reduce(t, "sum", ranks.group)
+        return lambda: total
+    work: Any = dist.all_reduce(t, group=ranks.group, async_op=True)
 
     def finish() -> Tensor:
-        if work is not None:
-            work.wait()
+        work.wait()
         return t
 
     return finish
@@ -114,20 +122,25 @@ def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
     t = t.movedim(dim, 0)
     if len(t) < each:
         t = torch.cat([t, t.new_zeros(each - len(t), *t.shape[1:])])
-    whole = t.new_empty(each * ranks.size, *t.shape[1:])
-    _all_gather(whole, t.contiguous(), group=ranks.group)
-    return whole[:n].movedim(0, dim).contiguous()
+    if torch.compiler.is_compiling():
+        whole = _functional_all_gather(t.contiguous(), 0, ranks.group)
+    else:
+        whole = t.new_empty(each * ranks.size, *t.shape[1:])
+        _all_gather(whole, t.contiguous(), group=ranks.group)
+    # Not a view: what a Function returns must not be one.
+    return whole if dim == 0 and n == len(whole) else whole[:n].movedim(0, dim).contiguous()
 
 
 def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
-    """This rank's rows of the sum of t over the ranks."""
+    """This rank's rows of the sum of t over the ranks. Raises ValueError for rows that do not divide by the ranks."""
+    if len(t) % ranks.size:
+        raise ValueError(f"input: {len(t)} rows do not divide by {ranks.size} ranks, as sequence_parallel needs")
     _report("reduce_scatter", t.nbytes)
-    rows = ranks.part(len(t))
-    padding = -len(t) % ranks.size
-    t = torch.cat([t, t.new_zeros(padding, *t.shape[1:])]) if padding else t.contiguous()
+    if torch.compiler.is_compiling():
+        return _functional_reduce_scatter(t.contiguous(), "sum", 0, ranks.group)
     part = t.new_empty(len(t) // ranks.size, *t.shape[1:])
-    _reduce_scatter(part, t, group=ranks.group)
-    return part[: rows.stop - rows.start]
+    _reduce_scatter(part, t.contiguous(), group=ranks.group)
+    return part
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -196,11 +209,11 @@ class _ScatterRows(torch.autograd.Function):
         return _GatherRows.apply(grad_output, ctx.ranks, ctx.n), None  # pyright: ignore
 
 
-@dataclass(frozen=True)
 class CopyToRanks:
     """x, the same on every rank, on its way into work that the ranks share: gradients come back as parts of a sum."""
 
-    ranks: Ranks
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
     def __call__(self, input: Tensor) -> Tensor:
         return _CopyToRanks.apply(input, self.ranks)  # pyright: ignore[reportReturnType]

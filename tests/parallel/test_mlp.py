@@ -142,8 +142,8 @@ def test_one_all_reduce_for_a_pair_each_way(backend):
     assert on_ranks(2, collectives_of_a_step, backend) == [(returned, needed)] * 2
 
 
-def compiled():
-    net = ParallelMLP(IN, HIDDEN[:2], OUT, mesh=everyone(), dtype=torch.float64)
+def compiled(plan):
+    net = ParallelMLP(IN, HIDDEN[:1], OUT, mesh=everyone(), plan=plan, dtype=torch.float64)
     x = torch.randn(ROWS, IN, dtype=torch.float64)
     found = []
     for each in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
@@ -154,5 +154,14 @@ def compiled():
     torch.testing.assert_close(*found)
 
 
-def test_compiled():
-    on_ranks(2, compiled)
+COMPILED = {
+    "pair": "auto",
+    "gathered": {"[02]": ColwiseParallel(gather_output=True)},
+    "split": {"[02]": RowwiseParallel(input_is_parallel=False, uneven=True)},
+    "sequence": {"0": ColwiseParallel(sequence_parallel=True), "2": RowwiseParallel(sequence_parallel=True)},
+}
+
+
+@pytest.mark.parametrize("plan", COMPILED.values(), ids=COMPILED)
+def test_compiled(plan):
+    on_ranks(2, compiled, plan)
