@@ -84,7 +84,7 @@ def kernels(call: Call, device: torch.device) -> float:
     """Kernels that one call runs, copies among them, as CUPTI sees them; nan on the CPU."""
     if device.type != "cuda":
         return math.nan
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize(device)
     return sum(event.device_type == DeviceType.CUDA for event in profile.events() or ())

@@ -212,7 +212,8 @@ def peak_memory(call):
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiled:
         call()
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
     return max(itertools.accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
