@@ -7,8 +7,8 @@ import time
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
 
-# Within which a process that was killed is gone, seconds.
-PATIENCE = 1.0
+# Within which a process that was killed is gone, seconds: its parent has to notice.
+PATIENCE = 5.0
 
 
 def enlist() -> None:

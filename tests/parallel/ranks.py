@@ -39,6 +39,8 @@ def _run(
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=TIMEOUT
     )
+    # So that none leaves, having nothing to say to the others, before they have come.
+    torch.distributed.barrier()
     torch.manual_seed(0)
     returned = io.BytesIO()
     try:

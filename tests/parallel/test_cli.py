@@ -172,7 +172,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_fewer(alone, tmp
     out = tmp_path / "run"
     options = ["--dropout", "0", *LONG]
     process = subprocess.Popen(
-        command(2, out, "--dp", "2", *options, monitor_interval=0.5),
+        command(2, out, "--dp", "2", *options, monitor_interval=1.5),
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -181,8 +181,10 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_fewer(alone, tmp
     kill_a_rank(process, out)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "rank 0 stopped: rank 1 is lost" in errors
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors
+    # torchrun notices at its next look; it may be the first to.
+    ended_by_torchrun = re.search(r"rank\s+: 0 .*\n\s+exitcode\s+: -15", errors)
+    assert ended_by_torchrun or "rank 0 stopped: rank 1 is lost" in errors, errors
     done = run(1, out, *options, "--resume")
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(curve(out), curve(alone(*options)), rtol=1e-3, atol=1e-4)
