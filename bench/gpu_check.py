@@ -30,7 +30,7 @@ from .results import environment
 SECTIONS = ("correctness", "sanitizer", "parallel", "ops", "mlp")
 SECTION_SECONDS = 480
 CORRECTNESS = (
-    *("functional", "modules", "model", "chain", "block", "recompute"),
+    *("functional", "modules", "model", "chain", "distributed", "block", "recompute"),
     *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "opinfo", "gpu"),
 )
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not codegen"]

@@ -88,7 +88,7 @@ def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | No
     if norm.batch_stats:
         if torch.compiler.is_compiling():
             mean, var = column_moments(rows.detach(), None, None, None, 0.0)
-            _move_averages(norm, mean, var, len(rows))
+            move_averages(norm, mean, var, len(rows))
         else:
             mean, var = column_moments(rows.detach(), *count_batch(norm))
     return NormActDropoutFunction.apply(  # pyright: ignore[reportReturnType]
@@ -96,8 +96,8 @@ def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | No
     )
 
 
-def _move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: int) -> None:
-    """What the kernels do to running averages, by operations that a compiler sees through."""
+def move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: Tensor | int) -> None:
+    """What the kernels do to running averages, by operations that a compiler sees through; var is the biased one."""
     share: Any = norm.momentum
     if norm.batches is not None:
         norm.batches.add_(1)

@@ -42,16 +42,16 @@ def linear_chain(
 
 
 def _layer_by_layer(input: Tensor, layers: Sequence[Layer], served: bool, entrance: Entrance | None) -> Tensor:
-    for number, layer in enumerate(layers):
+    if entrance and torch.compiler.is_compiling():
+        input, entrance = entrance(input), None
+    for layer in layers:
         product = layer if layer.plain else Layer(layer.weight, layer.bias)
-        enters = entrance if number == 0 else None
         if served:
-            input = linear_chain(enters(input) if enters else input, [product])
-        elif enters and not torch.compiler.is_compiling():
-            entered = EnteringLinearFunction.apply(input, product.weight, product.bias, enters)
-            input = reference.ACTIVATIONS[product.activation](entered)
+            input = linear_chain(input, [product])
+        elif entrance:
+            entered = EnteringLinearFunction.apply(input, product.weight, product.bias, entrance)
+            input, entrance = reference.ACTIVATIONS[product.activation](entered), None
         else:
-            input = enters(input) if enters else input
             input = reference.linear(input, product.weight, product.bias, product.activation)
         if not layer.plain:
             input = norm_act_dropout(input, layer.norm, layer.activation, layer.p, layer.columns)

@@ -69,7 +69,8 @@ def run_sharded(modules: Sequence[nn.Module], input: Tensor, recompute: bool = F
         entrance = linear.entrance
         if linear.sequence_parallel:
             input = gather_rows(input, linear.ranks, len(input) * linear.ranks.size)
-        layers = [tail._replace(weight=linear.layer().weight, bias=linear.layer().bias)]
+        cut = linear.layer()
+        layers = [tail._replace(weight=cut.weight, bias=cut.bias)]
         after = block_at(modules, position, input.dim())
         if after is not None and isinstance(after.linear, RowParallelLinear) and after.linear.input_is_parallel:
             position += after.modules

@@ -1,9 +1,9 @@
 """Which linear layers of a net are cut, and how: styles, plans of styles by name, and the plan that suits a chain."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +41,8 @@ class LinearStyle(ParallelStyle):
     sequence_parallel: bool = False
     uneven: bool = False
 
-    size = ""
+    size: ClassVar[str]
+    kind: ClassVar[type[ParallelLinear]]
 
     def check(self, name: str, module: nn.Module, ranks: Ranks) -> None:
         """Refuse what this style cannot cut."""
@@ -49,6 +50,12 @@ class LinearStyle(ParallelStyle):
             allowed = ", ".join(sorted({each.__name__ for each in ACTIVATION_OF}))
             raise TypeError(f"plan: {name!r} is a {type(module).__name__}; allowed are {allowed}")
         check_divides(f"{self.size} of {name!r}", getattr(module, self.size), ranks, self.uneven)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.check("", module, Ranks.of(device_mesh))
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "uneven"}
+        become(module, self.kind, device_mesh, **options)
+        return module
 
 
 @dataclass
@@ -58,12 +65,7 @@ class ColwiseParallel(LinearStyle):
     gather_output: bool = False
 
     size = "out_features"
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.check("", module, Ranks.of(device_mesh))
-        options = {"gather_output": self.gather_output, "sequence_parallel": self.sequence_parallel}
-        become(module, ColumnParallelLinear, device_mesh, **options)
-        return module
+    kind = ColumnParallelLinear
 
 
 @dataclass
@@ -73,12 +75,7 @@ class RowwiseParallel(LinearStyle):
     input_is_parallel: bool = True
 
     size = "in_features"
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.check("", module, Ranks.of(device_mesh))
-        options = {"input_is_parallel": self.input_is_parallel, "sequence_parallel": self.sequence_parallel}
-        become(module, RowParallelLinear, device_mesh, **options)
-        return module
+    kind = RowParallelLinear
 
 
 Plan = Literal["auto"] | Mapping[str, LinearStyle]

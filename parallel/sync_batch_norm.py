@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from ..kernels import launch
-from ..mlp.batch_norm import norm_act_dropout
+from ..mlp.batch_norm import move_averages, norm_act_dropout
 from ..mlp.chain import differentiable_grads
 from ..mlp.modules import BatchNorm1d, norm_of
 from ..mlp.reference import Norm
@@ -66,16 +66,6 @@ def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, 
     return total, mean, (m2s + n * (means - mean) ** 2).sum(0) / total
 
 
-def _move_averages(norm: Norm, total: Tensor, mean: Tensor, var: Tensor) -> None:
-    share: Any = norm.momentum
-    if norm.batches is not None:
-        norm.batches.add_(1)
-        share = 1 / norm.batches if share is None else share
-    for running, new in ((norm.running_mean, mean), (norm.running_var, var * (total / (total - 1)))):
-        if running is not None:
-            running.copy_((1 - share) * running + share * new)
-
-
 class SyncBatchNormFunction(torch.autograd.Function):
     """Rows (M, C) normalised by all ranks' statistics; see above."""
 
@@ -84,7 +74,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm, ranks: Ranks, by_kernels: bool
     ) -> Tensor:
         total, mean, var = _merged_moments(x, ranks, by_kernels)
-        _move_averages(norm, total, mean, var)
+        move_averages(norm, mean, var, total)
         acc = torch.promote_types(x.dtype, torch.float32)
         mean, var = mean.to(acc), var.to(acc)
         ctx.save_for_backward(x, weight, bias, total, mean, var)

@@ -73,3 +73,14 @@ VARIANTS = [
 
 def variant_id(variant):
     return ",".join(f"{name}={value}" for name, value in variant.items())
+
+
+def linear_nodes(y):
+    """How many autograd nodes of linear layers lie behind y."""
+    seen, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    return sum("LinearFunction" in node.name() for node in seen)

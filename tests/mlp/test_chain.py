@@ -6,19 +6,8 @@ import pytest
 import torch
 from fusemlp.kernels import cost, launch
 from fusemlp.mlp import MLP, LinearReLU
-from nets import (
-    HIDDEN,
-    IN,
-    OUT,
-    assert_undetectable,
-    by_hand,
-    loss_of,
-    step,
-)
+from nets import HIDDEN, IN, OUT, assert_undetectable, by_hand, linear_nodes, loss_of, step
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_module, distribute_tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
@@ -34,17 +23,6 @@ def test_a_plain_net_is_one_node_and_few_launches(rows_need_grad, net, x, kernel
         "linear_wgrad": 3,
         "linear_dgrad": 3 if rows_need_grad else 2,
     }
-
-
-def linear_nodes(y):
-    """How many autograd nodes of linear layers lie behind y."""
-    seen, waiting = set(), [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [below for below, _ in node.next_functions]
-    return sum("LinearFunction" in node.name() for node in seen)
 
 
 def test_a_plain_net_is_one_autograd_node(net, x, kernels):
@@ -341,46 +319,6 @@ def test_autocast(batch_norm, dtype, x, device, backend):
             return step(net, x)
 
     assert_undetectable(scenario, net, by_hand(net, "gelu", batch_norm), x, backend)
-
-
-class TestDistributed:
-    pytestmark = pytest.mark.usefixtures("process_group")
-
-    def test_one_autograd_node_per_layer(self, net, x, kernels):
-        assert linear_nodes(net(x)) == 3
-
-    def test_gradients(self, net, x, backend):
-        assert_undetectable(step, net, by_hand(net), x, backend)
-
-    def test_gradients_under_ddp(self, net, x, backend):
-        def scenario(net, x):
-            return step(nn.parallel.DistributedDataParallel(net), x)
-
-        assert_undetectable(scenario, net, by_hand(net), x, backend)
-
-    def test_dtensor_parameters(self, net, x, device, backend):
-        mesh = init_device_mesh(device.type, (1,))
-
-        def scenario(net, x):
-            distribute_module(net, mesh)
-            y = net(distribute_tensor(x, mesh)).full_tensor()
-            loss_of(y).backward()
-            return [y, *(p.grad.full_tensor() for p in net.parameters())]
-
-        assert_undetectable(scenario, net, by_hand(net), x, backend)
-
-    @pytest.mark.parametrize("layers_too", [False, True], ids=["root", "every_layer"])
-    def test_gradients_under_fsdp(self, layers_too, net, x, device, backend):
-        mesh = init_device_mesh(device.type, (1,))
-
-        def scenario(net, x):
-            for child in [net[0], net[2], net[4]] if layers_too else []:
-                fully_shard(child, mesh=mesh)
-            y = fully_shard(net, mesh=mesh)(x)
-            loss_of(y).backward()
-            return [y, *(p.grad.full_tensor() for p in net.parameters())]
-
-        assert_undetectable(scenario, net, by_hand(net), x, backend)
 
 
 COMPILED = {
