@@ -61,6 +61,8 @@ RESERVED = 1024  # bytes of shared memory that every block takes for itself
 REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
 # Rows of logits: many in a tile, one or a part of one.
 CLASSES = (10, 1000, 4096, 131072)
+# Products without an epilogue, which may be split along K.
+SPLIT = ("linear_dgrad", "linear_wgrad", "linear_wgrad no bias")
 # What a hidden block ends with: nothing, and one that each kind of derivative stands for.
 NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -161,6 +163,7 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "linear_fwd", lambda: linear_fwd(x, w, bias)
     yield "linear_dgrad", lambda: linear_dgrad(dz, w)
     yield "linear_wgrad", lambda: linear_wgrad(dz, x, True)
+    yield "linear_wgrad no bias", lambda: linear_wgrad(dz, x, False)
     for name, entry in ACTIVATIONS.items():
         yield f"linear_fwd {name}", lambda name=name: linear_fwd(x, w, bias, name, True)
         kept = saved(K, entry.saves)
@@ -271,7 +274,7 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
             tile = f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
             for name, call in gemm_cases(dtype):
-                for split_k in (1, 4) if name == "linear_wgrad" else (1,):
+                for split_k in (1, 4) if name in SPLIT else (1,):
                     with patch.object(config, "select_gemm", partial(choose, entry, split_k)):
                         yield from compiled_by(call, f"{name} {tile} split {split_k}")
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):

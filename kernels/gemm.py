@@ -63,13 +63,13 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _split_k_reduce_kernel(parts, BLOCK: tl.constexpr):
-    """For each of `parts`, sum the partial results (splits, numel) in order.
+def _split_k_reduce_kernel(parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """For each of the PARTS `parts`, sum the partial results (splits, numel) in order.
 
     The first out_numel are out's, the rest row_sum's.
     """
     first = 0
-    for i in tl.static_range(len(parts)):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in tl.static_range(PARTS):
         partial_ptr, out_ptr, row_sum_ptr, out_numel, numel, splits = parts[i]
         block = tl.program_id(0) - first
         first += tl.cdiv(numel, BLOCK)
@@ -189,7 +189,9 @@ def reduce_splits(unreduced: Sequence[Unreduced]) -> None:
         for _, partial, out, row_sum in unreduced
     )
     programs = sum(-(-numel // REDUCE_BLOCK) for *_, numel, _ in parts)
-    launch.launch(_split_k_reduce_kernel, programs, unreduced[0].out.device, parts, BLOCK=REDUCE_BLOCK)
+    launch.launch(
+        _split_k_reduce_kernel, programs, unreduced[0].out.device, parts, PARTS=len(parts), BLOCK=REDUCE_BLOCK
+    )
     tensors = [t for each in unreduced for t in each[1:]]
     cost.report(f"{unreduced[0].name}_reduce", sum(each.partial.numel() for each in unreduced), tuple(tensors))
 

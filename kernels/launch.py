@@ -256,7 +256,7 @@ def _specialization_of(arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg < 2**31
+        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
     if isinstance(arg, float):
         return float
     if isinstance(arg, tuple):

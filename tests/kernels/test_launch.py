@@ -7,6 +7,10 @@ import sys
 import pytest
 import torch
 from fusemlp.kernels import launch
+from hypothesis import given
+from hypothesis import strategies as st
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 
 BEST = [
     pytest.param((7, 5), torch.bfloat16, "high", "torch", "compute capability", id="old-gpu"),
@@ -55,6 +59,7 @@ def test_a_wrong_backend_in_the_environment_is_refused_at_import():
         pytest.param(1, 2, id="being-one"),
         pytest.param(16, 17, id="divisibility"),
         pytest.param(2**31 - 16, 2**31, id="width"),
+        pytest.param(-100, -(2**31) - 1, id="negative-width"),
         pytest.param(None, 0, id="none"),
         pytest.param((torch.empty(4), 1), (torch.empty(4), 3), id="nested"),
     ],
@@ -65,3 +70,23 @@ def test_specialization_tells_apart_what_triton_compiles_apart(one, other):
 
 def test_specialization_does_not_tell_addresses_apart():
     assert launch.specialization((torch.empty(4), 32)) == launch.specialization((torch.empty(8), 48))
+
+
+int64 = st.integers(-(2**63), 2**63 - 1)
+near_a_bound = st.builds(int.__add__, st.sampled_from([-(2**31), 0, 2**31]), st.integers(-17, 17))
+tensors = st.builds(
+    lambda dtype, offset: torch.empty(32, dtype=dtype)[offset:],
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]),
+    st.integers(0, 17),
+)
+scalars = st.one_of(st.none(), int64, near_a_bound, st.floats(), tensors)
+arguments = st.one_of(scalars, st.lists(scalars, max_size=3).map(tuple))
+
+
+@given(st.lists(arguments, min_size=2, max_size=50))
+def test_arguments_of_one_key_are_one_signature_to_triton(args):
+    signatures = {}
+    for arg in args:
+        ours = launch.specialization((arg,))
+        tritons = native_specialize_impl(CUDABackend, arg, False, True, True)
+        assert signatures.setdefault(ours, tritons) == tritons
