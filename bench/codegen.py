@@ -55,7 +55,8 @@ from .command import add_common_arguments
 from .results import write_table
 
 # HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
-INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
+# cvt.rna.tf32: PTX that rounds an operand to TF32.
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL", "cvt.rna.tf32")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESERVED = 1024  # bytes of shared memory that every block takes for itself
 REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
@@ -122,9 +123,10 @@ class Resources:
         products = self.kernel == "_gemm_kernel" and "ieee" not in case
         checks = {
             f"stack {self.stack} B": self.stack > self._stack_budget(),
-            f"shared memory {self.shared} B": self.shared > SHARED_LIMIT[self.arch],
+            f"shared memory {self.shared} B": self.shared > self._shared_budget(),
             f"no {tensor_cores}": products and not count[tensor_cores],
             "no TMA load": self.kernel == "_gemm_kernel" and " tma" in case and not count["UTMALDG"],
+            "operands not rounded": products and " tf32 " in case and not count["cvt.rna.tf32"],
             "no asynchronous copy": products and " pointer" in case and not count["LDGSTS"],
         }
         return [message for message, broken in checks.items() if broken]
@@ -132,6 +134,14 @@ class Resources:
     def _stack_budget(self) -> int:
         """Bytes. None in products on the architecture the tiles were chosen for; else the compiler may park a few."""
         return 0 if self.arch == 90 and self.kernel == "_gemm_kernel" and "ieee" not in self.case else 32
+
+    def _shared_budget(self) -> int:
+        """Bytes. A product's tile is chosen by what its configuration says that it takes."""
+        if self.kernel != "_gemm_kernel":
+            return SHARED_LIMIT[self.arch]
+        named = {tile_name(precision, entry): entry for precision, _, entry in configurations(self.arch)}
+        (entry,) = (entry for name, entry in named.items() if f" {name} " in self.case)
+        return min(SHARED_LIMIT[self.arch], entry.shared_kib * 1024)
 
 
 def read_resources(compiled: Any, case: str, arch: int) -> Resources:
@@ -144,7 +154,8 @@ def read_resources(compiled: Any, case: str, arch: int) -> Resources:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    code = sass + compiled.asm["ptx"]
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     of = compiled.metadata
     return Resources(of.name, case, arch, of.num_warps, int(found[1]), int(found[2]), of.shared, counts)
 
@@ -239,6 +250,10 @@ def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
         yield "ieee", torch.float32, entry
 
 
+def tile_name(precision: str, entry: GemmConfig) -> str:
+    return f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
+
+
 class NeverChosen(Exception):
     """The configuration is not among those that the launch at hand can get."""
 
@@ -271,8 +286,8 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
 
     with patch.object(launch, "launch", compile_only):
         for precision, dtype, entry in islice(configurations(arch), 1 if quick else None):
-            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-            tile = f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            tile = tile_name(precision, entry)
             for name, call in gemm_cases(dtype):
                 for split_k in (1, 4) if name in SPLIT else (1,):
                     with patch.object(config, "select_gemm", partial(choose, entry, split_k)):

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile shape, raster and pipeline of one GEMM launch. `tma` picks the persistent TMA main loop."""
+    """Tile shape, raster and pipeline of one GEMM launch. `tma` picks the persistent TMA main loop.
+
+    shared_kib: KiB of shared memory that it takes at most, whatever the epilogue and the architecture.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    shared_kib: int
     tma: bool = False
     GROUP_M: int = 8
 
@@ -25,26 +29,26 @@ class GemmConfig:
 
 
 # Each list runs from the largest tile to the smallest. BLOCK_N >= 64 throughout: the bit mask packs 64 columns.
-WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)
+WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=213, tma=True)
 TMA_16BIT = (
     WIDEST,
-    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
-    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, tma=True),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, shared_kib=177, tma=True),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, shared_kib=145, tma=True),
 )
 POINTER_16BIT = (
-    GemmConfig(128, 128, 32, num_warps=8, num_stages=4),
-    GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
-    GemmConfig(16, 64, 128, num_warps=4, num_stages=3),
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=4, shared_kib=66),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3, shared_kib=51),
+    GemmConfig(16, 64, 128, num_warps=4, num_stages=3, shared_kib=40),
 )
 POINTER_TF32 = (
-    GemmConfig(128, 64, 32, num_warps=8, num_stages=3),
-    GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
-    GemmConfig(16, 64, 64, num_warps=4, num_stages=3),
+    GemmConfig(128, 64, 32, num_warps=8, num_stages=3, shared_kib=77),
+    GemmConfig(64, 64, 32, num_warps=4, num_stages=3, shared_kib=50),
+    GemmConfig(16, 64, 32, num_warps=8, num_stages=3, shared_kib=21),
 )
 # Without tensor cores: products on the ordinary units, held in registers.
 POINTER_IEEE = (
-    GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-    GemmConfig(16, 64, 32, num_warps=4, num_stages=2),
+    GemmConfig(64, 64, 32, num_warps=8, num_stages=2, shared_kib=36),
+    GemmConfig(16, 64, 32, num_warps=4, num_stages=2, shared_kib=21),
 )
 ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
 
@@ -67,18 +71,21 @@ def select_gemm(
     heavy_epilogue: bool,
     split_k: bool,
     num_sms: int,
+    shared_kib: int,
 ) -> tuple[GemmConfig, int]:
     """The largest pinned tile that still gives every multiprocessor one, and how many ranges K is cut into.
 
     `tma`: the operands can be described to the TMA unit and the device has one. `heavy_epilogue`: the widest tile would
-    spill or run out of shared memory. `split_k`: partial sums over ranges of K are allowed.
+    spill or run out of shared memory. `split_k`: partial sums over ranges of K are allowed. `num_sms`, `shared_kib`:
+    multiprocessors of the device, and the shared memory of each that one block can have.
     """
     if itemsize == 2:
-        configs = TMA_16BIT if tma and 2 * M * N * K >= TMA_MIN_FLOPS else POINTER_16BIT
+        described = [c for c in TMA_16BIT if c.shared_kib <= shared_kib and tma and 2 * M * N * K >= TMA_MIN_FLOPS]
+        configs = described or POINTER_16BIT
     else:
         configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
     if heavy_epilogue:
-        configs = tuple(c for c in configs if c is not WIDEST)
+        configs = [c for c in configs if c is not WIDEST]
     fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
     affordable = int(MAX_PARTIAL_SHARE * (M + N) * K * itemsize / (2 * M * N * max(4, itemsize)))
     max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT, affordable)) if split_k else 1

@@ -69,7 +69,7 @@ def _split_k_reduce_kernel(parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     The first out_numel are out's, the rest row_sum's.
     """
     first = 0
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         partial_ptr, out_ptr, row_sum_ptr, out_numel, numel, splits = parts[i]
         block = tl.program_id(0) - first
         first += tl.cdiv(numel, BLOCK)
@@ -132,7 +132,7 @@ def plan_gemm(
     describable: bool, out_describable: bool,
     tile_fn: Any, fns: tuple[Any, ...], heavy_epilogue: bool, tf32: bool, device: torch.device,
 ) -> GemmPlan:  # fmt: skip
-    tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and tf32)
+    tensor_cores = dtype.itemsize == 2 or tf32
     tile, split_k = config.select_gemm(
         M, N, K,
         itemsize=dtype.itemsize,
@@ -141,6 +141,7 @@ def plan_gemm(
         heavy_epilogue=heavy_epilogue,
         split_k=tile_fn is identity,
         num_sms=launch.num_sms(device),
+        shared_kib=launch.shared_kib(device),
     )  # fmt: skip
     out_tma = tile.tma and split_k == 1 and out_describable
     programs = tile.tiles(M, N) * split_k
@@ -155,7 +156,7 @@ def plan_gemm(
             "EPILOGUE": tile_fn,
             "EPILOGUE_FNS": fns,
             "ACC_DTYPE": triton_acc_dtype(dtype),
-            "INPUT_PRECISION": "tf32" if tensor_cores else "ieee",
+            "INPUT_PRECISION": "tf32" if tf32 else "ieee",
             "SPLIT_K": split_k,
             "TMA": tile.tma,
             "OUT_TMA": out_tma,
@@ -217,7 +218,7 @@ def gemm(
     plan = plan_gemm(
         M, N, K, a.dtype, is_row_major(a), is_row_major(b),
         can_describe(a) and can_describe(b), can_describe(out),
-        epilogue.tile_fn, epilogue.fns, epilogue.heavy, launch.tf32_allowed(), a.device,
+        epilogue.tile_fn, epilogue.fns, epilogue.heavy, a.dtype == torch.float32 and launch.tf32_allowed(), a.device,
     )  # fmt: skip
     numel = M * N + (M if row_sum is not None else 0)
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None

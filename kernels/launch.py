@@ -96,8 +96,12 @@ def best_on_gpu(dtype: torch.dtype, device: torch.device, product: bool = True) 
 
 
 def tf32_allowed() -> bool:
-    """Whether float32 products may be rounded to TF32, by `torch.set_float32_matmul_precision`."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether float32 products may be rounded to TF32.
+
+    By torch.set_float32_matmul_precision, torch.backends.cuda.matmul.allow_tf32 or fp32_precision, which knows of all:
+    asking one of the others fails once it has been set.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def check_tensors(input: Any, layers: Sequence[Any]) -> None:
@@ -208,6 +212,14 @@ def check_addressable(*tensors: Tensor) -> None:
 def has_tma(device: torch.device) -> bool:
     """Whether the device copies tiles with the TMA unit (the interpreter emulates one)."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.lru_cache
+def shared_kib(device: torch.device) -> int:
+    """KiB of shared memory that one block can have. The interpreter pretends to have what an H100 has."""
+    if device.type == "cpu":
+        return 227
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 @functools.lru_cache

@@ -98,8 +98,29 @@ def store_tile(
 
 
 @triton.jit
-def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+def _cut_to_tf32(x):
+    """float32 x as tensor cores read it: with 10 bits of mantissa, the others cut off."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """float32 x with 10 bits of mantissa, rounded to nearest, halves away from zero."""
     if INTERPRET:
+        bits = x.to(tl.uint32, bitcast=True) + 0x1000
+        return tl.where(x == x, _cut_to_tf32(bits.to(tl.float32, bitcast=True)), x)
+    else:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    if INPUT_PRECISION == "tf32":
+        # What tensor cores cut off has twice the error of rounding, and always the same sign.
+        a, b = _round_to_tf32(a), _round_to_tf32(b)
+    if INTERPRET:
+        if INPUT_PRECISION == "tf32":
+            a, b = _cut_to_tf32(a), _cut_to_tf32(b)
         # The interpreter multiplies the raw bits of bfloat16.
         return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
     else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusemlp.kernels import config, cost
+from fusemlp.kernels import config, cost, launch
 from fusemlp.kernels.gemm import can_describe, gemm, plan_gemm
 from fusemlp.kernels.tile import tile_pointers
 from tolerance import assert_as_close_as_torch
@@ -153,20 +153,72 @@ def test_a_tensor_without_memory_is_refused(device):
         gemm("test", a.as_subclass(Wrapper), a, torch.empty(4, 4, device=device))
 
 
-def test_tf32_only_when_allowed(monkeypatch, device):
-    asked = {}
+@pytest.fixture
+def tf32(set_fp32_precision):
+    set_fp32_precision("tf32")
 
-    def select(*_, tensor_cores, **__):
-        asked["tensor_cores"] = tensor_cores
-        return config.POINTER_IEEE[0], 1
 
-    monkeypatch.setattr(config, "select_gemm", select)
-    plan_gemm.cache_clear()
-    a = torch.randn(4, 4, device=device)
-    for precision, expected in (("highest", False), ("high", True)):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        gemm("test", a, a, torch.empty(4, 4, device=device))
-        assert asked["tensor_cores"] is expected
+def cut(x):
+    """float32 x as tensor cores read it, its last 13 bits cut off."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_product(a, b):
+    """PyTorch's own product in TF32; on the CPU, which has none, of operands rounded to nearest."""
+    if a.is_cuda:
+        return a @ b
+    rounded = [cut((x.view(torch.int32) + 0x1000).view(torch.float32)) for x in (a, b)]
+    return rounded[0] @ rounded[1]
+
+
+OPERANDS = {"normal": torch.randn, "positive": torch.rand}
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("entry", config.POINTER_TF32, ids=config_id)
+@pytest.mark.parametrize("make", OPERANDS.values(), ids=OPERANDS)
+def test_tf32_operands_are_rounded(make, entry, monkeypatch, device):
+    pin(monkeypatch, entry)
+    a, b = make(70, 300, device=device), make(300, 90, device=device)
+    out = torch.empty(70, 90, device=device)
+    gemm("test", a, b, out)
+    assert_as_close_as_torch(out, tf32_product(a, b), a.double() @ b.double())
+
+
+@pytest.mark.parametrize("make", OPERANDS.values(), ids=OPERANDS)
+def test_tf32_operands_cut_off_would_not_be_close_enough(make, device):
+    a, b = make(70, 300, device=device), make(300, 90, device=device)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_close_as_torch(cut(a) @ cut(b), tf32_product(a, b), a.double() @ b.double())
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of the interpreter, beyond the edge
+def test_tf32_propagates_what_is_not_finite(device):
+    a = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [0.0, 1.0]], device=device)
+    out = torch.empty(3, 2, device=device)
+    gemm("test", a, torch.ones(2, 2, device=device), out)
+    torch.testing.assert_close(out[:, 0].cpu(), torch.tensor([torch.nan, torch.inf, 1.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        (torch.float32, "ieee", "ieee"),
+        (torch.float32, "none", "ieee"),
+        (torch.float32, "tf32", "tf32"),
+        (torch.bfloat16, "tf32", "ieee"),
+        (torch.float64, "tf32", "ieee"),
+    ],
+    ids=str,
+)
+def test_tf32_only_of_float32_and_when_allowed(dtype, precision, expected, set_fp32_precision, monkeypatch, device):
+    set_fp32_precision(precision)
+    used = []
+    monkeypatch.setattr(launch, "launch", lambda *_, INPUT_PRECISION, **__: used.append(INPUT_PRECISION))
+    a = torch.randn(4, 4, device=device).to(dtype)
+    gemm("test", a, a, torch.empty_like(a))
+    assert used == [expected]
 
 
 def test_ledger_counts_each_tensor_once(monkeypatch, device):

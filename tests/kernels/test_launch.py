@@ -13,21 +13,37 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 
 BEST = [
-    pytest.param((7, 5), torch.bfloat16, "high", "torch", "compute capability", id="old-gpu"),
-    pytest.param((9, 0), torch.float64, "high", "torch", "float64", id="float64"),
-    pytest.param((9, 0), torch.float32, "highest", "torch", "full precision", id="float32-highest"),
-    pytest.param((9, 0), torch.float32, "high", "triton", "tensor cores", id="float32-high"),
-    pytest.param((8, 0), torch.float16, "highest", "triton", "tensor cores", id="float16"),
+    pytest.param((7, 5), torch.bfloat16, "tf32", "torch", "compute capability", id="old-gpu"),
+    pytest.param((9, 0), torch.float64, "tf32", "torch", "float64", id="float64"),
+    pytest.param((9, 0), torch.float32, "ieee", "torch", "full precision", id="float32-ieee"),
+    pytest.param((9, 0), torch.float32, "tf32", "triton", "tensor cores", id="float32-tf32"),
+    pytest.param((8, 0), torch.float16, "ieee", "triton", "tensor cores", id="float16"),
 ]
 
 
 @pytest.mark.parametrize(("capability", "dtype", "precision", "backend", "reason"), BEST)
-def test_best_on_gpu(capability, dtype, precision, backend, reason, monkeypatch):
+def test_best_on_gpu(capability, dtype, precision, backend, reason, set_fp32_precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    set_fp32_precision(precision)
     choice = launch.best_on_gpu(dtype, torch.device("cuda", 0))
     assert choice.backend == backend
     assert reason in choice.reason
+
+
+WAYS_TO_ALLOW_TF32 = {
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "cuda.matmul.fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "fp32_precision": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.usefixtures("set_fp32_precision")
+@pytest.mark.parametrize("allow", WAYS_TO_ALLOW_TF32.values(), ids=WAYS_TO_ALLOW_TF32)
+def test_every_way_to_allow_tf32_is_heard(allow):
+    assert not launch.tf32_allowed()
+    allow()
+    assert launch.tf32_allowed()
 
 
 def test_the_choice_is_a_constant_to_the_compiler(monkeypatch):
