@@ -9,7 +9,6 @@ flops at the arithmetic rate, whichever is longer.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -26,6 +25,7 @@ from ..kernels import cost, launch
 from ..kernels.cost import Launch
 from .cases import LOSSES, NETS, QUICK_LOSSES, QUICK_NETS, LossCase, NetCase
 from .command import add_common_arguments, check_any, print_table, select
+from .hopper import served_as_on_hopper
 from .passes import Function, fusemlp_loss, loss_work, torch_loss
 from .results import write_table
 
@@ -60,21 +60,6 @@ class AtenTraffic(TorchDispatchMode):
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Dropout as the one kernel it is on CUDA; elsewhere PyTorch makes three operators of it."""
     return torch.native_dropout(input, p, training)[0]
-
-
-@contextmanager
-def served_as_on_a_hopper_gpu() -> Iterator[None]:
-    """fusemlp's kernels serve every tensor, planned for 132 multiprocessors with TMA; nothing is executed."""
-    chosen = launch.Choice("triton", "counted, not run")
-    with ExitStack() as patches:
-        for name, stand_in in (
-            ("explain", lambda *_, **__: chosen),
-            ("has_tma", lambda _: True),
-            ("num_sms", lambda _: 132),
-            ("launch", lambda *_, **__: None),
-        ):
-            patches.enter_context(patch.object(launch, name, stand_in))
-        yield
 
 
 def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[Launch], list[Launch]]:
@@ -129,7 +114,7 @@ def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
 
 
 def count_fusemlp(case: Case) -> Layers:
-    with served_as_on_a_hopper_gpu():
+    with served_as_on_hopper():
         return count_loss(case, fusemlp_loss) if isinstance(case, LossCase) else count_net(case)
 
 

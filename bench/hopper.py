@@ -1,0 +1,31 @@
+"""A Hopper GPU as fusemlp's launchers see it, on a machine that has none."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from ..kernels import launch
+
+FACTS = {"has_tma": True, "num_sms": 132, "shared_kib": 227}
+
+
+@contextmanager
+def planned_for_hopper() -> Iterator[None]:
+    """Launches are planned for an H100 or H200, whatever device the tensors are on."""
+    with ExitStack() as patches:
+        for name, value in FACTS.items():
+            patches.enter_context(patch.object(launch, name, lambda _, value=value: value))
+        yield
+
+
+@contextmanager
+def served_as_on_hopper(take: Any = lambda *_, **__: None) -> Iterator[None]:
+    """fusemlp's kernels serve every tensor, planned for Hopper; `take` gets the launches, and nothing is executed."""
+    chosen = launch.Choice("triton", "planned, not run")
+    with (
+        planned_for_hopper(),
+        patch.object(launch, "explain", lambda *_, **__: chosen),
+        patch.object(launch, "launch", take),
+    ):
+        yield
