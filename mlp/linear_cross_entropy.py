@@ -61,7 +61,8 @@ def linear_cross_entropy(
     x, w, b = cast
     assert x is not None
     assert w is not None
-    rows = x if x.dim() == 2 else x[None]
+    rows, samples = (x, target) if x.dim() == 2 else (x[None], target[None])
+    check_loss(torch.empty((), dtype=x.dtype, device=x.device).expand(len(rows), len(w)), samples, weight, **how)
     served = launch.explain(x, w, b, target, weight).backend == "triton" and not target.requires_grad
     if not served and options is not None:
         by_torch = torch.nn.functional.linear_cross_entropy  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +70,6 @@ def linear_cross_entropy(
     at_once = _rows_at_once(rows, len(w), options) if served else len(rows)
     if at_once >= len(rows):
         return cross_entropy(linear(input, linear_weight, linear_bias), target, weight, **how)
-    samples = target if x.dim() == 2 else target[None]
-    shape = rows.new_empty(()).expand(len(rows), len(w))
-    check_loss(shape, samples, weight, **how)
     args = (
         samples[:, :, None] if samples.is_floating_point() else samples[:, None].long().contiguous(),
         None if weight is None else weight.contiguous(),
@@ -127,8 +125,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
 
             def again(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-                logits = torch.nn.functional.linear(x, w, b)[:, :, None]
-                return torchs_cross_entropy(logits, target, weight, *loss_options)
+                # Without the places, of which PyTorch adds up the losses on CUDA in whatever order.
+                logits = torch.nn.functional.linear(x, w, b)
+                loss = torchs_cross_entropy(logits, target.squeeze(-1), weight, *loss_options)
+                return loss.view_as(grad_output)
 
             return *differentiable_grads(grad_output, (x, w, b), wanted, again), *nothing
         if not grads:
