@@ -10,8 +10,8 @@ if not torch.cuda.is_available():
 # What PyTorch's own products ask for under torch.use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # All ranks are on this machine, whose name need not resolve to an address.
-for library in ("GLOO", "NCCL"):
-    os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 from fusemlp.kernels import launch
 from fusemlp.kernels.gemm import plan_gemm

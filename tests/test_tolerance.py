@@ -28,7 +28,7 @@ def test_four_units_are_too_much(place, dtype):
     torchs, truth = rounded_and_true(dtype)
     wrong = torchs.clone()
     wrong[place] -= 4
-    with pytest.raises(AssertionError, match="result: error .*, allowed 2"):
+    with pytest.raises(AssertionError, match=r"result: error .*, allowed 2"):
         assert_as_close_as_torch(wrong, torchs, truth)
 
 
