@@ -13,7 +13,13 @@ from tolerance import assert_as_close_as_torch
 pytestmark = pytest.mark.usefixtures("kernels", "fresh_plans")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-EPILOGUE_CONFIGS = (config.TMA_16BIT[0], config.TMA_16BIT[2], *config.POINTER_16BIT)
+EPILOGUES = [
+    pytest.param(entry, activation, id=f"{activation}-{config_id(entry)}")
+    for entry in (config.WIDEST, config.TMA_16BIT[2], *config.POINTER_16BIT)
+    for activation in ("relu", "silu", "tanh")
+    # The widest tile leaves no shared memory for a heavy epilogue, and no product with one gets it.
+    if entry is not config.WIDEST or ACTIVATIONS[activation].saves == "bitmask"
+]
 
 
 def unpack(bits, columns):
@@ -55,8 +61,7 @@ def test_forward(activation, dtype, bias, device):
     assert_as_close_as_torch(y, reference.linear(x, w, b, activation), truth)
 
 
-@pytest.mark.parametrize("entry", EPILOGUE_CONFIGS, ids=config_id)
-@pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
+@pytest.mark.parametrize(("entry", "activation"), EPILOGUES)
 def test_epilogues_in_every_kind_of_tile(entry, activation, monkeypatch, device):
     pin(monkeypatch, entry)
     x, w, dz = (torch.randn(s, dtype=torch.float16, device=device) for s in ((70, 80), (136, 80), (70, 136)))
@@ -64,7 +69,9 @@ def test_epilogues_in_every_kind_of_tile(entry, activation, monkeypatch, device)
     preact = x.double() @ w.double().t()
     assert_as_close_as_torch(y, reference.linear(x, w, None, activation), reference.ACTIVATIONS[activation](preact))
     if activation == "relu":
-        assert torch.equal(unpack(saved[0], 136), (preact > 0).cpu())
+        # Near zero the order of the sum decides the sign.
+        certain = (preact.abs() > 1e-3).cpu()
+        assert torch.equal(unpack(saved[0], 136)[certain], (preact > 0).cpu()[certain])
     below = torch.randn(70, 80, dtype=torch.float16, device=device)
     (dx,) = linear_dgrad(dz, w, activation, saved_for(activation, below))
     torchs = derivative(activation, dz @ w, below)
@@ -74,7 +81,8 @@ def test_epilogues_in_every_kind_of_tile(entry, activation, monkeypatch, device)
 
 @pytest.mark.parametrize("activation", [n for n, entry in ACTIVATIONS.items() if entry.saves == "bitmask"])
 def test_bit_mask_layout(activation, device):
-    x, w = torch.randn(9, 12, device=device) * 4, torch.randn(75, 12, device=device)
+    # Whole numbers, exact in any order; some are 0 and 6.
+    x, w = (torch.randint(-2, 3, shape, device=device).float() for shape in ((9, 12), (75, 12)))
     preact = x @ w.t()
     _, bits = linear_fwd(x, w, None, activation, save=True)
     assert bits.shape == (9, bitmask_width(75))

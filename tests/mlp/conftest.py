@@ -17,8 +17,11 @@ def backend(request):
 
 
 @pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+def process_group(tmp_path, device):
+    """Of this process alone. Gloo gathers no DTensors on a GPU: it would read their memory as the host's."""
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1, device_id=bound)
     yield
     torch.distributed.destroy_process_group()
 

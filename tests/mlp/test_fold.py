@@ -40,7 +40,7 @@ def test_the_module_itself_stays_as_it_was(net, x):
 
 def test_a_sequential_of_torchs_modules_inside_another(x):
     inner = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5, affine=False), nn.ReLU())
-    module = nn.ModuleDict({"a": inner})
+    module = nn.ModuleDict({"a": inner}).to(x.device)
     inner(x)
     folded = fold_batch_norm(module.eval())["a"]
     assert len(folded) == 2
@@ -68,7 +68,7 @@ STAYS = {
 
 @pytest.mark.parametrize("make", STAYS.values(), ids=STAYS)
 def test_what_cannot_be_folded_stays(make, x):
-    net = make().eval()
+    net = make().to(x.device).eval()
     folded = fold_batch_norm(net)
     assert len(folded) == len(net)
     assert torch.equal(folded(x), net(x))

@@ -18,10 +18,15 @@ ROWS, IN, OUT = 256, 512, 384
 
 @pytest.fixture
 def mesh(tmp_path):
+    device = torch.device("cuda", 0)
+    # Else the mesh guesses which, and warns.
+    torch.cuda.set_device(device)
     store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cuda", (1,))
-    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
+    try:
+        yield init_device_mesh("cuda", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def step(module, x):
