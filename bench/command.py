@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from rich.table import Table
 from .cases import BlockCase, LayerCase, LossCase, NetCase
 
 Case = TypeVar("Case", bound=BlockCase | LayerCase | LossCase | NetCase)
+T = TypeVar("T")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,14 @@ def select(cases: Sequence[Case], regex: str) -> list[Case]:
         return [case for case in cases if re.search(regex, case.name)]
     except re.error as error:
         raise ValueError(f"argument --filter: {regex!r}: {error}") from error
+
+
+def leave_out(named: Mapping[str, T], regex: str) -> dict[str, T]:
+    """Those whose name `regex` does not find; an empty one finds nothing. Raises ValueError for a bad expression."""
+    try:
+        return {name: each for name, each in named.items() if not (regex and re.search(regex, name))}
+    except re.error as error:
+        raise ValueError(f"argument --without: {regex!r}: {error}") from error
 
 
 def in_dtypes(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[Case]:

@@ -88,8 +88,8 @@ def _fusemlp_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
 
 @_register(NET_COMPETITORS, "torch")
 def _torch_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
-    """The Sequential of torch.nn modules that a person would write, on the same parameters."""
-    return nn.Sequential(*(_torch_linear(module) if isinstance(module, nn.Linear) else module for module in net))
+    """The Sequential of torch.nn modules that a person would write, on the same parameters and buffers."""
+    return nn.Sequential(*map(_torch_module, net))
 
 
 @_register(NET_COMPETITORS, "torch.compile")
@@ -114,9 +114,19 @@ def compiled(plain: Any, mode: str = "default") -> Any:
     return torch.compile(plain, dynamic=False, mode=mode)
 
 
-def _torch_linear(layer: nn.Linear) -> nn.Linear:
-    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    made.weight, made.bias = layer.weight, layer.bias
+def _torch_module(module: nn.Module) -> nn.Module:
+    """The torch.nn module that one of ours stands for, on the same parameters and buffers; any other as it is."""
+    if isinstance(module, nn.Linear):
+        made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    elif isinstance(module, nn.BatchNorm1d):
+        options = module.eps, module.momentum, module.affine, module.track_running_stats
+        made = nn.BatchNorm1d(module.num_features, *options, device="meta")
+    elif isinstance(module, nn.Dropout):
+        made = nn.Dropout(module.p, module.inplace)
+    else:
+        return module
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        setattr(made, name, tensor)
     return made
 
 

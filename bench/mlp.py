@@ -6,9 +6,11 @@ that forward keeps for backward, the launches of a pass and the bytes that they 
 
 import argparse
 import math
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,18 +21,22 @@ from torch._dynamo.eval_frame import OptimizedModule
 from ..kernels import cost
 from ..mlp.model import MLP
 from .cases import NETS, QUICK_NETS, NetCase
+from .command import leave_out
 from .competitors import NET_COMPETITORS, NET_PASSES, net_call, net_operands
-from .race import Maker, check, measure_all, race, rows
+from .race import Maker, check, measure_all, noting, race, rows
 from .race import add_arguments as add_arguments
 from .roofline import measure_ceilings, net_host_us, net_work
 from .timing import Call
 from .traffic import AtenTraffic
 
 
-def nets(case: NetCase, device: torch.device) -> dict[str, nn.Module]:
-    """Every competitor's net that applies to the case, by name, all with equal parameters."""
+def nets(case: NetCase, device: torch.device, without: str = "") -> dict[str, nn.Module]:
+    """The net of every competitor that applies to the case, all with equal parameters, by name.
+
+    without: an expression; competitors whose name it finds are left out.
+    """
     net = build(case, device)
-    made = {name: make(case, deepcopy(net), device) for name, make in NET_COMPETITORS.items()}
+    made = {name: make(case, deepcopy(net), device) for name, make in leave_out(NET_COMPETITORS, without).items()}
     return {name: each for name, each in made.items() if each is not None}
 
 
@@ -39,20 +45,25 @@ def build(case: NetCase, device: torch.device) -> MLP:
     return case.build(device)
 
 
-def net_makers(case: NetCase, which: str, device: torch.device) -> dict[str, Maker]:
-    return {name: partial(_call, net, case, which, device) for name, net in nets(case, device).items()}
+def makers(competing: Mapping[str, nn.Module], case: NetCase, which: str, device: torch.device) -> dict[str, Maker]:
+    return {name: partial(_call, net, case, which, device) for name, net in competing.items()}
 
 
 def _call(net: nn.Module, case: NetCase, which: str, device: torch.device, number: int) -> Call:
     return net_call(net, net_operands(case, device, seed=number), which)
 
 
-def net_truth(case: NetCase, which: str, device: torch.device) -> list[Tensor]:
-    """The pass's results in float64, by torch.nn."""
+def true_net(case: NetCase, device: torch.device) -> nn.Module:
+    """The net in float64, of torch.nn's modules."""
     net = NET_COMPETITORS["torch"](case, build(case, device).double(), device)
     assert net is not None
+    return net
+
+
+def net_truth(case: NetCase, which: str, device: torch.device) -> list[Tensor]:
+    """The pass's results in float64."""
     input, grad_output = net_operands(case, device)
-    return net_call(net, (input.double(), grad_output.double()), which)()
+    return net_call(true_net(case, device), (input.double(), grad_output.double()), which)()
 
 
 def saved_mib(net: nn.Module, call: Call) -> float:
@@ -81,40 +92,44 @@ def launched(net: nn.Module, call: Call) -> dict[str, float]:
 
 
 def kernels(call: Call, device: torch.device) -> float:
-    """Kernels that one call runs, copies among them, as CUPTI sees them; nan on the CPU."""
+    """Kernels that one call runs, copies among them, as CUPTI sees them; nan on the CPU, and where it may not look."""
     if device.type != "cuda":
         return math.nan
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profile.events() or ())
+    return sum(event.device_type == DeviceType.CUDA for event in profile.events() or ()) or math.nan
 
 
-def measure_net(case: NetCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
+def measure_net(case: NetCase, which: str, device: torch.device, arguments: argparse.Namespace) -> pd.DataFrame:
     """A row per mode and competitor; no time where the result is wrong."""
+    quick, without = arguments.quick, arguments.without
+    competing = nets(case, device, without)
+    calls = makers(competing, case, which, device)
     # Dropout draws other bits for everybody: what is checked is the net without it.
     sure = replace(case, dropout=0.0)
-    checks = check(net_makers(sure, which, device), net_truth(sure, which, device))
-    competing = nets(case, device)
-    makers: dict[str, Maker] = {name: partial(_call, net, case, which, device) for name, net in competing.items()}
+    checked = calls if sure == case else makers(nets(sure, device, without), sure, which, device)
+    checks = check(checked, net_truth(sure, which, device))
     work = net_work(case, which)
-    results = race(makers, checks, work.bytes, device, 0.05 if quick else 0.2)
+    results = race(calls, checks, work.bytes, device, 0.05 if quick else 0.2)
     host_us = net_host_us(case, which, device) if device.type == "cpu" else None
     table = rows(results, work, measure_ceilings(case.dtype, device, quick), host_us)
-    counts = pd.DataFrame(
-        [
-            {
-                "competitor": name,
-                "saved_mib": saved_mib(net, call),
-                "kernels": kernels(call, device),
-                **launched(net, call),
-            }
-            for name, net in competing.items()
-            if not checks[name].fault
-            for call in [makers[name](0)]
-        ]
-    )
-    return table.merge(counts, how="left", on="competitor")
+    timed = {name: (net, calls[name]) for name, net in competing.items() if not checks[name].fault}
+    return table.merge(counts(timed, device), how="left", on="competitor")
+
+
+def counts(timed: Mapping[str, tuple[nn.Module, Maker]], device: torch.device) -> pd.DataFrame:
+    """A row per competitor: what forward keeps, the kernels of a pass, its launches and what they move."""
+    table: list[dict[str, Any]] = []
+    faults: dict[str, str] = {}
+    for name, (net, make) in timed.items():
+        with noting(faults, name):
+            call = make(0)
+            row = {"competitor": name, "saved_mib": saved_mib(net, call), "kernels": kernels(call, device)}
+            table.append(row | launched(net, call))
+    for name, fault in faults.items():
+        print(f"not counted: {name}: {fault}")
+    return pd.DataFrame(table, columns=["competitor", "saved_mib", "kernels", "launches", "moved_mb"])
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from .cases import OPERATIONS, QUICK_OPERATIONS, BlockCase, LayerCase, LossCase
+from .command import leave_out
 from .competitors import LAYER_COMPETITORS, LAYER_PASSES, layer_call, layer_operands
 from .passes import Function, block_operands, block_work, competing, loss_operands, loss_work
 from .race import Maker, check, measure_all, race, rows
@@ -43,8 +44,10 @@ def functions(case: OpCase, which: str, device: torch.device) -> dict[str, Funct
     return {name: each for name, each in made.items() if each is not None}
 
 
-def makers(case: OpCase, which: str, device: torch.device) -> dict[str, Maker]:
-    return {name: partial(_call, each, case, which, device) for name, each in functions(case, which, device).items()}
+def makers(case: OpCase, which: str, device: torch.device, without: str = "") -> dict[str, Maker]:
+    """Every competitor's calls, but for those whose name the expression `without` finds."""
+    named = leave_out(functions(case, which, device), without)
+    return {name: partial(_call, each, case, which, device) for name, each in named.items()}
 
 
 def _call(function: Function, case: OpCase, which: str, device: torch.device, number: int) -> Call:
@@ -57,12 +60,15 @@ def truth(case: OpCase, which: str, device: torch.device) -> list[torch.Tensor]:
     return list(layer_call(functions(case, which, device)["torch"], doubles, which)())
 
 
-def measure_op(case: OpCase, which: str, device: torch.device, quick: bool) -> pd.DataFrame:
+def measure_op(case: OpCase, which: str, device: torch.device, arguments: argparse.Namespace) -> pd.DataFrame:
     """A row per mode and competitor; no time where the result is wrong."""
+    quick, without = arguments.quick, arguments.without
+    competitors = makers(case, which, device, without)
     # Dropout draws other bits for everybody: what is checked is the operation without it.
     sure = replace(case, dropout=0.0) if isinstance(case, BlockCase) else case
-    checks = check(makers(sure, which, device), truth(sure, which, device))
-    results = race(makers(case, which, device), checks, work(case, which).bytes, device, 0.05 if quick else 0.2)
+    checked = competitors if sure == case else makers(sure, which, device, without)
+    checks = check(checked, truth(sure, which, device))
+    results = race(competitors, checks, work(case, which).bytes, device, 0.05 if quick else 0.2)
     host_us = None
     if device.type == "cpu" and isinstance(case, LayerCase):
         host_us = layer_host_us(case, which, device)

@@ -7,7 +7,7 @@ A competitor makes, for a case, a function of the case's operands, or None where
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +95,26 @@ def torch_loss(case: LossCase, target: Tensor) -> Function:
     return lambda x, w: torch_F.cross_entropy(torch_F.linear(x, w), target)
 
 
+def _liger_loss(case: LossCase, target: Tensor) -> Function:
+    from liger_kernel.transformers import functional as liger
+
+    if case.in_features is None:
+        return lambda logits: liger.liger_cross_entropy(logits, target)
+    return lambda x, w: liger.liger_fused_linear_cross_entropy(x, w, target)
+
+
+def _cut_loss(target: Tensor) -> Function:
+    import cut_cross_entropy
+
+    return lambda x, w: cut_cross_entropy.linear_cross_entropy(x, w, target)
+
+
+def _when_called(make: Callable[[], Function]) -> Function:
+    """The function as of its first call: what cannot be imported fails there, alone."""
+    made = cache(make)
+    return lambda *operands: made()(*operands)
+
+
 def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Function]:
     """What else there is, if it is installed; Liger-Kernel and cut-cross-entropy run on CUDA alone.
 
@@ -110,16 +130,9 @@ def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Funct
         options = torch.nn.LinearCrossEntropyOptions()
         found["torch linear_cross_entropy"] = lambda x, w: torch_F.linear_cross_entropy(x, w, target, options=options)
     if target.is_cuda and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import functional as liger
-
-        if case.in_features is None:
-            found["Liger-Kernel"] = lambda logits: liger.liger_cross_entropy(logits, target)
-        else:
-            found["Liger-Kernel"] = lambda x, w: liger.liger_fused_linear_cross_entropy(x, w, target)
+        found["Liger-Kernel"] = _when_called(partial(_liger_loss, case, target))
     if target.is_cuda and case.in_features is not None and importlib.util.find_spec("cut_cross_entropy"):
-        import cut_cross_entropy
-
-        found["cut-cross-entropy"] = lambda x, w: cut_cross_entropy.linear_cross_entropy(x, w, target)
+        found["cut-cross-entropy"] = _when_called(partial(_cut_loss, target))
     return found
 
 

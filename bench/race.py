@@ -3,9 +3,12 @@
 # (to a type checker every selection of a pandas table is a Series, too)
 
 import argparse
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -20,13 +23,15 @@ from .command import (
     check_any,
     dtype_name,
     in_dtypes,
+    leave_out,
     native_dtype,
     print_table,
     select,
     warn_if_busy,
 )
 from .competitors import CEILING
-from .results import write_table
+from .failures import device_is_lost, first_line
+from .results import environment, write_table
 from .roofline import Ceilings, Work, achieved, within_patience
 from .timing import (
     Call,
@@ -41,7 +46,12 @@ from .timing import (
 )
 
 Maker = Callable[[int], Call]  # the call on the input of this number
+Measure = Callable[[Case, str, torch.device, argparse.Namespace], pd.DataFrame]
+Row = dict[str, Any]
+T = TypeVar("T")
 
+COMPARED_WITH = ("fusemlp", "torch")
+EVERYBODY = "everybody"  # whose result is missing where a case failed as a whole
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -65,31 +75,48 @@ class Result:
     clock: Clock
 
 
+@contextmanager
+def noting(faults: dict[str, str], name: str) -> Iterator[None]:
+    """Write down what goes wrong inside as the fault of this competitor: the others are still worth timing.
+
+    Raises RuntimeError where it has cost the device, on which nothing more can run.
+    """
+    try:
+        yield
+    except Exception as error:  # a competitor may lack its compiler, or memory
+        faults[name] = failure(error)
+        if device_is_lost():
+            raise RuntimeError(f"{name} has lost the device: {faults[name]}") from error
+
+
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {first_line(str(error))}"
+
+
 def check(makers: Mapping[str, Maker], truth: Sequence[Tensor]) -> dict[str, Check]:
     """Compare every competitor with the float64 `truth`.
 
-    An error is right up to twice torch's plus 1e-6. Others than fusemlp may round as they like, as long as half of a
-    tensor's digits are right.
+    An error of fusemlp's is right up to twice torch's, plus 1e-6, plus eps times the largest true value. Others, and
+    fusemlp where torch has failed, may round as they like, as long as half of a tensor's digits are right.
     """
-    eager = makers["torch"](0)()
-    ours = [2 * error + 1e-6 for error in _errors(eager, truth)]
-    halves = [torch.finfo(result.dtype).eps ** 0.5 for result in eager]
-    others = [most + half * true.abs().max().item() for most, half, true in zip(ours, halves, truth, strict=True)]
-    return {
-        name: Check(math.nan) if name == CEILING else _check(make, truth, ours if name == "fusemlp" else others)
-        for name, make in makers.items()
-    }
-
-
-def _check(make: Maker, truth: Sequence[Tensor], allowed: Sequence[float]) -> Check:
-    try:
-        errors = _errors(make(0)(), truth)
-    except Exception as error:  # a competitor may lack its compiler, or memory; the others are still worth timing
-        return Check(math.nan, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    # `not <=` also finds nan.
-    wrong = [(error, limit) for error, limit in zip(errors, allowed, strict=True) if not error <= limit]
-    fault = f"wrong: error {wrong[0][0]:.2g}, allowed {wrong[0][1]:.2g}" if wrong else ""
-    return Check(max(errors), fault)
+    sizes = [true.abs().max().item() for true in truth]
+    errors: dict[str, list[float]] = {}
+    epsilons: dict[str, list[float]] = {}
+    faults: dict[str, str] = {}
+    for name, make in makers.items():
+        if name != CEILING:
+            with noting(faults, name):
+                results = make(0)()
+                epsilons[name] = [torch.finfo(result.dtype).eps for result in results]
+                errors[name] = _errors(results, truth)
+    torchs = errors.get("torch", [0.0] * len(truth))
+    for name, of_name in errors.items():
+        strict = name == "fusemlp" and "torch" in errors
+        for error, eps, size, torchs_error in zip(of_name, epsilons[name], sizes, torchs, strict=True):
+            allowed = 2 * torchs_error + 1e-6 + (eps if strict else eps**0.5) * size
+            if not error <= allowed:  # which also finds nan
+                faults.setdefault(name, f"wrong: error {error:.2g}, allowed {allowed:.2g}")
+    return {name: Check(max(errors.get(name, [math.nan])), faults.get(name, "")) for name in makers}
 
 
 def _errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
@@ -101,22 +128,63 @@ def race(
     makers: Mapping[str, Maker], checks: Mapping[str, Check], case_bytes: int, device: torch.device, seconds: float
 ) -> list[Result]:
     """Time, in every mode of the device, the competitors in which `checks` found no fault; `seconds` for each."""
-    fit = {name: make for name, make in makers.items() if not checks[name].fault}
-    calls = {name: make(0) for name, make in fit.items()}
-    peaks = {name: peak_mib(call, device) for name, call in calls.items()}
+    faults = {name: each.fault for name, each in checks.items() if each.fault}
+    calls: dict[str, Call] = {}
+    peaks: dict[str, float] = {}
+    for name, make in makers.items():
+        if name not in faults:
+            with noting(faults, name):
+                call = make(0)
+                peaks[name] = peak_mib(call, device)
+                calls[name] = call
     results = []
     for mode in modes(device):
+        in_mode = dict(faults)
         with watch(device) as clock:
             if mode == "CUDA graph":
-                inputs = range(rotation(case_bytes, device))
-                rotations = {name: [make(i) for i in inputs] for name, make in fit.items()}
-                timings = measure_graphs(rotations, device, seconds)
+                rotations: dict[str, list[Call]] = {}
+                for name, call in calls.items():
+                    with noting(in_mode, name):
+                        _call_without_waiting(call)
+                        rotations[name] = [makers[name](i) for i in range(rotation(case_bytes, device))]
+                timings = _time(measure_graphs, rotations, in_mode, device, seconds)
             else:
-                timings = measure_together(calls, device, seconds)
+                timings = _time(measure_together, calls, in_mode, device, seconds)
         results += [
-            Result(name, mode, timings.get(name), checks[name], peaks.get(name, math.nan), clock) for name in makers
+            Result(
+                *(name, mode, timings.get(name), replace(checks[name], fault=in_mode.get(name, ""))),
+                *(peaks.get(name, math.nan), clock),
+            )
+            for name in makers
         ]
     return results
+
+
+def _call_without_waiting(call: Call) -> None:
+    """Raise RuntimeError if the call waits for the device: PyTorch cannot recover from capturing such a one."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _time(
+    measure: Callable[[Mapping[str, T], torch.device, float], dict[str, Timing]],
+    timed: Mapping[str, T],
+    faults: dict[str, str],
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Timing]:
+    """The times of all in turn or, if they cannot be timed together, of each that can be alone."""
+    try:
+        return measure(timed, device, seconds)
+    except Exception:
+        timings: dict[str, Timing] = {}
+        for name, each in timed.items():
+            with noting(faults, name):
+                timings |= measure({name: each}, device, seconds)
+        return timings
 
 
 def rows(results: Sequence[Result], work: Work, ceilings: Ceilings, host_us: float | None) -> pd.DataFrame:
@@ -142,6 +210,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=[], choices=DTYPES, help=f"{', '.join(DTYPES)} (bfloat16; on a CPU float32)"
     )
+    parser.add_argument(
+        "--without",
+        default="",
+        metavar="REGEX",
+        help="leave out competitors whose name it finds, such as max-autotune, which takes minutes for each case",
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases that DIR has, and measure the others")
 
 
 def measure_all(
@@ -149,55 +224,86 @@ def measure_all(
     cases: Sequence[Case],
     passes: Sequence[str],
     work: Callable[[Case, str], Work],
-    measure_one: Callable[[Case, str, torch.device, bool], pd.DataFrame],
+    measure_one: Measure[Case],
 ) -> int:
     """Measure every chosen case in every pass, the last of which takes longest; print the table and write it.
 
-    Returns 1 if a result of fusemlp is wrong.
+    Returns 1 if a result of fusemlp is wrong, or a case failed.
     """
     device = default_device()
     dtypes = [getattr(torch, name) for name in arguments.dtype] or [native_dtype(device)]
     chosen = in_dtypes(select(cases, arguments.filter), dtypes)
     check_any(arguments.filter, chosen)
+    if len(leave_out(dict.fromkeys(COMPARED_WITH), arguments.without)) < len(COMPARED_WITH):
+        who = " or ".join(COMPARED_WITH)
+        raise ValueError(f"argument --without: {arguments.without!r} finds {who}, with which all are compared")
+    kept = stored_rows(arguments) if arguments.resume else []
     warn_if_busy(device)
     chosen = within_patience(chosen, work, passes[-1], arguments.quick)
-    return finish(measure_cases(chosen, passes, measure_one, arguments, device), arguments.command)
+    table = measure_cases(chosen, passes, measure_one, arguments, device, kept)
+    if arguments.out is not None and "fusemlp_speedup" in table:
+        plot.save(plot.speedups(table, arguments.command), arguments.out, arguments.command)
+    return finish(table, arguments.command)
+
+
+def stored_rows(arguments: argparse.Namespace) -> list[Row]:
+    """What an earlier run has written. Raises ValueError if it was another machine, or had other versions."""
+    if arguments.out is None:
+        raise ValueError("argument --resume: goes with --out DIR")
+    table, machine = arguments.out / f"{arguments.command}.csv", arguments.out / "environment.json"
+    if not (table.exists() and machine.exists()):
+        return []
+    then, here = json.loads(machine.read_text()), environment()
+    if differing := [f"{name} {then.get(name)}, here {here[name]}" for name in here if then.get(name) != here[name]]:
+        raise ValueError(f"argument --resume: {arguments.out} was measured with {'; '.join(differing)}")
+    return pd.read_csv(table, float_precision="round_trip").fillna({"fault": ""}).to_dict("records")
 
 
 def measure_cases(
     cases: Sequence[Case],
     passes: Sequence[str],
-    measure_one: Callable[[Case, str, torch.device, bool], pd.DataFrame],
+    measure_one: Measure[Case],
     arguments: argparse.Namespace,
     device: torch.device,
+    kept: Sequence[Row] = (),
 ) -> pd.DataFrame:
-    """The tables of every case and pass as one, written, with a picture of the speed-ups, as they grow."""
-    tables: list[pd.DataFrame] = []
-    table = pd.DataFrame()
-    for case in track(cases, "cases", transient=True):
-        # Else the compiler remembers the case before and takes its sizes for variable.
+    """The rows of every case and pass that is not among the kept ones, after these; written after every pass.
+
+    What fails as a whole has a row that says so. Raises what it failed with if that has cost the device.
+    """
+    rows = list(kept)
+    known = {(row["case"], row["dtype"], row["pass"]) for row in kept}
+    jobs = [(case, which) for case in cases for which in passes]
+    for case, which in track(jobs, "cases", transient=True):
+        what = case.name, dtype_name(case.dtype), which
+        if what in known:
+            continue
+        # Else the compiler remembers what came before, takes sizes for variable and, in the end, gives up.
         torch.compiler.reset()
-        with side_stream(device):
-            for which in passes:
-                measured = measure_one(case, which, device, arguments.quick)
-                measured.insert(0, "case", case.name)
-                measured.insert(1, "dtype", dtype_name(case.dtype))
-                measured.insert(2, "pass", which)
-                tables.append(measured)
-        table = pd.concat(tables, ignore_index=True)
+        lost = None
+        try:
+            with side_stream(device):
+                measured = measure_one(case, which, device, arguments).to_dict("records")
+        except Exception as error:
+            measured = [{"mode": "every mode", "competitor": EVERYBODY, "fault": failure(error)}]
+            lost = error if device_is_lost() else None
+        rows += [{"case": what[0], "dtype": what[1], "pass": what[2], **row} for row in measured]
         if arguments.out is not None:
-            # After every case: a run that is cut short leaves what it measured.
-            write_table(table, arguments.out, arguments.command)
-            plot.save(plot.speedups(table, arguments.command), arguments.out, arguments.command)
-    return table
+            # A run that is cut short leaves what it measured.
+            write_table(pd.DataFrame(rows), arguments.out, arguments.command)
+        print(f"measured: {', '.join(what)}", flush=True)
+        if lost is not None:
+            raise lost
+    return pd.DataFrame(rows)
 
 
 def finish(table: pd.DataFrame, title: str) -> int:
-    """Print the table and the faults. Returns 1 if one of them is fusemlp's."""
+    """Print the table and the faults. Returns 1 if one of them is fusemlp's, or a whole case's."""
     shown = ["case", "dtype", "pass", "mode", "competitor", "median_ms", "tflops", "gb_s", "roofline_percent", "regime"]
     shown += ["fusemlp_speedup", "max_error"]
-    print_table(table[shown], title)
-    faulty = table[table["fault"] != ""].drop_duplicates(["case", "dtype", "pass", "competitor"])
-    for row in faulty.to_dict("records"):
-        print(f"not timed: {row['competitor']}, {row['case']}, {row['dtype']}, {row['pass']}: {row['fault']}")
-    return int("fusemlp" in set(faulty["competitor"]))
+    print_table(table.reindex(columns=shown), title)
+    faulty = table[table["fault"] != ""].groupby(["competitor", "case", "dtype", "pass", "fault"], sort=False)
+    for row in faulty["mode"].agg(" and ".join).reset_index().to_dict("records"):
+        what = ", ".join(row[name] for name in ("competitor", "case", "dtype", "pass", "mode"))
+        print(f"not timed: {what}: {row['fault']}")
+    return int(not {"fusemlp", EVERYBODY}.isdisjoint(table.loc[table["fault"] != "", "competitor"]))

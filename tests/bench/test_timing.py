@@ -41,7 +41,7 @@ def results(**makers):
     return {result.competitor: result for result in race.race(named, checks, 12, CPU, 0)}
 
 
-def unavailable():
+def unavailable(*_):
     raise RuntimeError("no compiler")
 
 
@@ -58,13 +58,90 @@ def test_what_is_wrong_is_reported_and_not_timed(faulty, fault):
     assert (found.timing, found.check.fault) == (None, fault)
 
 
-def test_fusemlp_is_held_to_pytorchs_own_error():
-    found = results(torch=lambda: torch.ones(3), fusemlp=lambda: torch.ones(3) + 1e-4)["fusemlp"]
-    assert found.check.fault == "wrong: error 0.0001, allowed 1e-06"
+# Twice PyTorch's own error, 1e-6, and one unit in the last place of the largest true value.
+ALLOWED = {
+    "small values": (1.0, 0.0, 1e-6 + 2**-23),
+    "large values": (1e4, 0.0, 1e-6 + 2**-23 * 1e4),
+    "torch errs": (1.0, 1e-3, 2 * (1 - torch.tensor(1 - 1e-3).item()) + 1e-6 + 2**-23),
+}
+
+
+@pytest.mark.parametrize(("size", "torchs_error", "allowed"), ALLOWED.values(), ids=ALLOWED)
+def test_fusemlp_is_held_to_pytorchs_own_error(size, torchs_error, allowed):
+    makers = {
+        "torch": lambda _: lambda: [torch.tensor([size - torchs_error])],
+        "fusemlp": lambda _: lambda: [torch.tensor([size + 100.0])],
+    }
+    checked = race.check(makers, [torch.tensor([size], dtype=torch.float64)])
+    assert checked["fusemlp"].fault == f"wrong: error 1e+02, allowed {allowed:.2g}"
 
 
 def test_what_is_right_is_timed():
     assert results(torch=lambda: torch.ones(3), right=lambda: torch.ones(3) + 1e-7)["right"].timing is not None
+
+
+def test_where_pytorch_fails_the_others_are_timed():
+    found = results(torch=unavailable, fusemlp=lambda: torch.ones(3) + 1e-4)
+    assert found["torch"].check.fault == "failed: RuntimeError: no compiler"
+    assert (found["fusemlp"].check.fault, found["fusemlp"].timing is not None) == ("", True)
+
+
+@pytest.fixture
+def raced(monkeypatch):
+    """Races calls, as on a GPU if asked to; a call that calls `wait` waits for the device."""
+    state = {"wait": "default"}
+
+    def wait():
+        if state["wait"] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def run(calls, *modes, graphs=timing.measure_together):
+        monkeypatch.setattr(race, "modes", lambda _: modes)
+        monkeypatch.setattr(race, "rotation", lambda *_: 2)
+        monkeypatch.setattr(race, "measure_graphs", graphs)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: state.update(wait=mode))
+        makers = {name: lambda _, call=call: call for name, call in calls.items()}
+        checks = {name: race.Check(0.0) for name in calls}
+        found = race.race(makers, checks, 12, CPU, 0)
+        assert state["wait"] == "default"
+        return {(each.competitor, each.mode): (each.check.fault, each.timing is not None) for each in found}
+
+    run.wait = wait
+    return run
+
+
+def graphs_of(rotations, device, seconds):
+    assert all(len(calls) == 2 for calls in rotations.values())
+    return timing.measure_together({name: calls[0] for name, calls in rotations.items()}, device, seconds)
+
+
+def test_who_waits_for_the_device_is_not_captured(raced):
+    found = raced({"waits": raced.wait, "runs": list}, "eager, L2 cold", "CUDA graph", graphs=graphs_of)
+    assert found == {
+        ("waits", "eager, L2 cold"): ("", True),
+        ("waits", "CUDA graph"): ("failed: RuntimeError: called a synchronizing CUDA operation", False),
+        ("runs", "eager, L2 cold"): ("", True),
+        ("runs", "CUDA graph"): ("", True),
+    }
+
+
+def test_who_fails_in_a_graph_does_not_lose_the_others(raced):
+    def graphs(rotations, *rest):
+        if "bad" in rotations:
+            raise RuntimeError("out of memory")
+        return graphs_of(rotations, *rest)
+
+    found = raced({"bad": list, "good": list}, "CUDA graph", graphs=graphs)
+    assert found == {
+        ("bad", "CUDA graph"): ("failed: RuntimeError: out of memory", False),
+        ("good", "CUDA graph"): ("", True),
+    }
+
+
+def test_who_loses_the_device_is_named(raced, monkeypatch):
+    monkeypatch.setattr(race, "device_is_lost", lambda: True)
+    with pytest.raises(RuntimeError, match="bad has lost the device: failed: RuntimeError: no compiler"):
+        raced({"bad": unavailable, "good": list}, "wall clock")
 
 
 @pytest.mark.parametrize(
