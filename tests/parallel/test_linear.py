@@ -8,7 +8,8 @@ from fusemlp.kernels import cost, launch
 from fusemlp.mlp import MLP, Linear
 from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear, collectives, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
-from ranks import everyone, on_ranks
+from ranks import everyone, on_ranks, whole
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS, IN, OUT = 8, 12, 24
@@ -20,10 +21,6 @@ LAYERS = {
     "row, whole input": (RowParallelLinear, {"input_is_parallel": False}),
     "row, sequence": (RowParallelLinear, {"sequence_parallel": True}),
 }
-
-
-def whole(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def part(t, dim, mesh):
@@ -46,7 +43,7 @@ def run_layer(name, backend, activation="relu"):
     layer = kind(IN, OUT, mesh=mesh, activation=activation, **options)
     with torch.no_grad():
         for mine, given in zip(layer.parameters(), alone.parameters(), strict=True):
-            mine.copy_(torch.distributed.tensor.distribute_tensor(given, mesh, mine.placements))
+            mine.copy_(distribute_tensor(given, mesh, mine.placements, src_data_rank=None))
     x, dy = integers(ROWS, IN), integers(ROWS, OUT)
     sequence = options.get("sequence_parallel", False)
     column = kind is ColumnParallelLinear
@@ -64,8 +61,8 @@ def run_layer(name, backend, activation="relu"):
     for mine, theirs in (
         (y_here, y if y_dim is None else part(y, y_dim, mesh)),
         (x_here.grad, x.grad if x_dim is None else part(x.grad, x_dim, mesh)),
-        (layer.weight.grad.full_tensor(), alone.weight.grad),
-        (layer.bias.grad.full_tensor(), alone.bias.grad),
+        (whole(layer.weight.grad), alone.weight.grad),
+        (whole(layer.bias.grad), alone.bias.grad),
     ):
         assert torch.equal(mine, theirs)
     return forward, backward

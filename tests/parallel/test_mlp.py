@@ -6,7 +6,7 @@ from fusemlp.kernels import launch
 from fusemlp.mlp import MLP
 from fusemlp.parallel import ColwiseParallel, ParallelMLP, RowwiseParallel, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
-from ranks import everyone, on_ranks
+from ranks import everyone, on_ranks, whole
 
 ROWS, IN, HIDDEN, OUT = 6, 5, (16, 8, 24), 4
 NETS = {
@@ -19,10 +19,6 @@ NETS = {
     "no activation": {"activation": None},
     "recomputed": {"batch_norm": True, "dropout": 0.3, "checkpoint": True},
 }
-
-
-def whole(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def integers(*shape):
