@@ -54,6 +54,13 @@ def test_a_value_beyond_the_dtype_allows_the_others_nothing():
         assert_as_close_as_torch(torch.tensor([INF, 1.1]).half(), torchs, truth)
 
 
+def test_counts_are_torchs():
+    counts = torch.tensor([2, 3])
+    assert_as_close_as_torch(counts, counts, counts.double())
+    with pytest.raises(AssertionError, match="result"):
+        assert_as_close_as_torch(counts + 1, counts, counts.double())
+
+
 def test_nothing_is_as_close_as_nothing():
     assert_as_close_as_torch(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 3).double())
 

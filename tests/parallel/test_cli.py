@@ -28,8 +28,8 @@ OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --dev
 
 def command(ranks, out, *options, restarts=0, monitor_interval=0.1):
     launcher = (
-        f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts} "
-        f"--monitor-interval {monitor_interval}"
+        f"-m torch.distributed.run --standalone --local-addr localhost --nproc-per-node {ranks} "
+        f"--max-restarts {restarts} --monitor-interval {monitor_interval}"
     )
     return [sys.executable, *launcher.split(), "-m", "fusemlp.parallel", *OPTIONS, "--out", str(out), *options]
 
