@@ -22,6 +22,7 @@ LayerFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 MakeLayer = Callable[[LayerCase, torch.device, bool], "LayerFunction | None"]
 MakeNet = Callable[[NetCase, MLP, torch.device], "nn.Module | None"]
 Make = TypeVar("Make", MakeLayer, MakeNet)
+T = TypeVar("T")
 
 LAYER_PASSES = ("forward", "backward", "both")
 NET_PASSES = ("inference", "training")
@@ -108,6 +109,25 @@ def _autotuned_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module |
 def _gemm_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
     sizes = pairwise(case.widths())
     return nn.Sequential(*(nn.Linear(*size, bias=False, device=device, dtype=case.dtype) for size in sizes))
+
+
+class Failed(nn.Module):
+    """Stands for a competitor that could not be made, and says why when it is called: it loses nobody else."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        raise self.error
+
+
+def made(make: Callable[..., T], *arguments: Any) -> T | Failed:
+    """What `make` returns; if it raises, a competitor that does so when it is called."""
+    try:
+        return make(*arguments)
+    except Exception as error:
+        return Failed(error)
 
 
 def compiled(plain: Any, mode: str = "default") -> Any:

@@ -27,32 +27,26 @@ def first_line(message: str) -> str:
 class _Lines:
     """Prints failures, those of workers too."""
 
-    def __init__(self, terminal: Any) -> None:
-        self.terminal = terminal
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            self._print(report, report.when)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            told = first_line(crash.message if crash else str(report.longrepr))
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write(f"\nFAILED {report.nodeid}: {told}\n", flush=True)
 
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self._print(report, "collect")
-
-    def _print(self, report: Any, when: str) -> None:
-        crash = getattr(report.longrepr, "reprcrash", None)
-        told = crash.message if crash else str(report.longrepr)
-        self.terminal.ensure_newline()
-        self.terminal.write(f"FAILED {report.nodeid} ({when}): {first_line(told)}\n", flush=True)
+    pytest_collectreport = pytest_runtest_logreport
 
 
 class _Worker:
+    """Ends with the test that has lost its device."""
+
     def pytest_runtest_logfinish(self) -> None:
         if device_is_lost():
             os._exit(1)
 
 
 def pytest_configure(config: Any) -> None:
-    if hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Worker())
-    else:
-        config.pluginmanager.register(_Lines(config.pluginmanager.get_plugin("terminalreporter")))
+    config.pluginmanager.register(_Worker() if hasattr(config, "workerinput") else _Lines(config))

@@ -22,7 +22,7 @@ from ..kernels import cost
 from ..mlp.model import MLP
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import leave_out
-from .competitors import NET_COMPETITORS, NET_PASSES, net_call, net_operands
+from .competitors import NET_COMPETITORS, NET_PASSES, made, net_call, net_operands
 from .race import Maker, check, measure_all, noting, race, rows
 from .race import add_arguments as add_arguments
 from .roofline import measure_ceilings, net_host_us, net_work
@@ -36,8 +36,9 @@ def nets(case: NetCase, device: torch.device, without: str = "") -> dict[str, nn
     without: an expression; competitors whose name it finds are left out.
     """
     net = build(case, device)
-    made = {name: make(case, deepcopy(net), device) for name, make in leave_out(NET_COMPETITORS, without).items()}
-    return {name: each for name, each in made.items() if each is not None}
+    chosen = leave_out(NET_COMPETITORS, without)
+    each = {name: made(make, case, deepcopy(net), device) for name, make in chosen.items()}
+    return {name: competitor for name, competitor in each.items() if competitor is not None}
 
 
 def build(case: NetCase, device: torch.device) -> MLP:

@@ -12,7 +12,7 @@ import torch
 
 from .cases import OPERATIONS, QUICK_OPERATIONS, BlockCase, LayerCase, LossCase
 from .command import leave_out
-from .competitors import LAYER_COMPETITORS, LAYER_PASSES, layer_call, layer_operands
+from .competitors import LAYER_COMPETITORS, LAYER_PASSES, layer_call, layer_operands, made
 from .passes import Function, block_operands, block_work, competing, loss_operands, loss_work
 from .race import Maker, check, measure_all, race, rows
 from .race import add_arguments as add_arguments
@@ -40,8 +40,8 @@ def functions(case: OpCase, which: str, device: torch.device) -> dict[str, Funct
     """Every competitor that applies to the case, by name."""
     if not isinstance(case, LayerCase):
         return competing(case, which, device)
-    made = {name: make(case, device, which != "forward") for name, make in LAYER_COMPETITORS.items()}
-    return {name: each for name, each in made.items() if each is not None}
+    each = {name: made(make, case, device, which != "forward") for name, make in LAYER_COMPETITORS.items()}
+    return {name: function for name, function in each.items() if function is not None}
 
 
 def makers(case: OpCase, which: str, device: torch.device, without: str = "") -> dict[str, Maker]:

@@ -7,7 +7,7 @@ A competitor makes, for a case, a function of the case's operands, or None where
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn import functional as torch_F
 
 from ..mlp import functional as F
 from .cases import BlockCase, LossCase
-from .competitors import MAX_AUTOTUNE, compiled
+from .competitors import MAX_AUTOTUNE, compiled, made
 from .roofline import Work
 
 Function = Callable[..., Tensor]
@@ -109,12 +109,6 @@ def _cut_loss(target: Tensor) -> Function:
     return lambda x, w: cut_cross_entropy.linear_cross_entropy(x, w, target)
 
 
-def _when_called(make: Callable[[], Function]) -> Function:
-    """The function as of its first call: what cannot be imported fails there, alone."""
-    made = cache(make)
-    return lambda *operands: made()(*operands)
-
-
 def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Function]:
     """What else there is, if it is installed; Liger-Kernel and cut-cross-entropy run on CUDA alone.
 
@@ -130,9 +124,9 @@ def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Funct
         options = torch.nn.LinearCrossEntropyOptions()
         found["torch linear_cross_entropy"] = lambda x, w: torch_F.linear_cross_entropy(x, w, target, options=options)
     if target.is_cuda and importlib.util.find_spec("liger_kernel"):
-        found["Liger-Kernel"] = _when_called(partial(_liger_loss, case, target))
+        found["Liger-Kernel"] = made(_liger_loss, case, target)
     if target.is_cuda and case.in_features is not None and importlib.util.find_spec("cut_cross_entropy"):
-        found["cut-cross-entropy"] = _when_called(partial(_cut_loss, target))
+        found["cut-cross-entropy"] = made(_cut_loss, target)
     return found
 
 
@@ -147,7 +141,7 @@ def competing(case: BlockCase | LossCase, which: str, device: torch.device) -> d
             torch_loss(case, target),
             _other_losses(case, target, which),
         )
-    functions: dict[str, Any] = {"fusemlp": ours, "torch": torchs, "torch.compile": compiled(torchs)}
+    functions: dict[str, Any] = {"fusemlp": ours, "torch": torchs, "torch.compile": made(compiled, torchs)}
     if device.type == "cuda":
-        functions["torch.compile max-autotune"] = compiled(torchs, MAX_AUTOTUNE)
+        functions["torch.compile max-autotune"] = made(compiled, torchs, MAX_AUTOTUNE)
     return functions | others

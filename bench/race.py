@@ -256,7 +256,7 @@ def stored_rows(arguments: argparse.Namespace) -> list[Row]:
     then, here = json.loads(machine.read_text()), environment()
     if differing := [f"{name} {then.get(name)}, here {here[name]}" for name in here if then.get(name) != here[name]]:
         raise ValueError(f"argument --resume: {arguments.out} was measured with {'; '.join(differing)}")
-    return pd.read_csv(table, float_precision="round_trip").fillna({"fault": ""}).to_dict("records")
+    return pd.read_csv(table, engine="python", dtype={"fault": object}).fillna({"fault": ""}).to_dict("records")
 
 
 def measure_cases(
