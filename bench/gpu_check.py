@@ -4,14 +4,15 @@
 
     gpu           tests/mlp/test_gpu.py, serially and alone on the device: memory, streams, graphs, no waiting
     correctness   the other tests on CUDA tensors, without the interpreter, on all but two of the cores
-    parallel      sharded nets: NCCL on one rank, and ranks that share the GPU
+    parallel      sharded nets: NCCL on one rank, and ranks that share the GPU, on a quarter of the cores
     nets          `mlp` in bfloat16 without max-autotune: DIR/results/mlp.csv
     operations    `ops` likewise: DIR/results/ops.csv
     sanitizer     compute-sanitizer's memcheck and racecheck over every kernel at ragged shapes
 
 and writes DIR/SECTION.log, DIR/status.json and, after each section, all of that into DIR.tar.gz. A section that passed
-is not run again; one that was stopped has said what failed, and benchmarks go on with the cases that are missing. What
-a section needs and is not installed is named, and the section is not run.
+is not run again, until the commit or a version changes; one that was stopped has said what failed, and benchmarks go
+on with what is missing. What a section needs and is not installed is named, and the section is not run; without
+pytest-xdist tests run serially.
 
 A checkout that cannot be installed is imported from a folder of links, made in its root:
 
@@ -67,14 +68,15 @@ RAGGED = [
 
 def commands(section: str, out: Path) -> list[list[str]]:
     """The command lines of a section."""
+    cores = os.cpu_count() or 1
     if section == "gpu":
         return [[*PYTEST, *on_workers(1), "tests/mlp/test_gpu.py"]]
     if section == "correctness":
         files = [f"tests/mlp/test_{name}.py" for name in CORRECTNESS]
-        workers = on_workers(max(1, (os.cpu_count() or 1) - 2))
-        return [[*PYTEST, *workers, "tests/kernels", *files, f"--junitxml={out / 'correctness.xml'}"]]
+        return [[*PYTEST, *on_workers(cores - 2), "tests/kernels", *files, f"--junitxml={out / 'correctness.xml'}"]]
     if section == "parallel":
-        return [[*PYTEST, "tests/parallel", "-m", "gpu"]]
+        # Of up to four ranks each.
+        return [[*PYTEST, *on_workers(cores // 4), "tests/parallel", "-m", "gpu"]]
     if section == "sanitizer":
         check = ["compute-sanitizer", "--error-exitcode", "3", "--tool"]
         return [[*check, tool, *PYTEST, *RAGGED] for tool in ("memcheck", "racecheck")]
@@ -87,7 +89,7 @@ def on_workers(count: int) -> list[str]:
 
     None without pytest-xdist: serially, then, and all tests fail that come after such a kernel.
     """
-    return [*XDIST, str(count)] if importlib.util.find_spec("xdist") else []
+    return [*XDIST, str(max(1, count))] if importlib.util.find_spec("xdist") else []
 
 
 def lacking(section: str) -> list[str]:
@@ -128,7 +130,7 @@ def run_section(section: str, out: Path, seconds: float) -> dict[str, Any]:
             elif status:
                 faults.append(f"failed: exit status {status}")
     outcome = ", ".join(faults) or PASSED
-    if section == "correctness" and not on_workers(1):
+    if section in ("gpu", "correctness", "parallel") and not on_workers(1):
         outcome += ", serially: pytest-xdist is not installed"
     return _entry(outcome, time.monotonic() - started)
 

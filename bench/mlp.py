@@ -1,7 +1,8 @@
 """Time whole nets, training step and inference, beside their competitors.
 
 `python -m fusemlp.bench mlp [--out DIR]` gives a row per net, pass, mode (see `timing`) and competitor, with the memory
-that forward keeps for backward, the launches of a pass and the bytes that they move.
+that forward keeps for backward, the launches of a pass and the bytes that they move. With --resume it goes on with what
+DIR lacks; --without REGEX leaves competitors out.
 """
 
 import argparse

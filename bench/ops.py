@@ -1,6 +1,7 @@
 """Time linear layers, what follows them, and losses, forward and backward, beside their competitors.
 
-`python -m fusemlp.bench ops [--out DIR]` gives a row per operation, pass, mode (see `timing`) and competitor.
+`python -m fusemlp.bench ops [--out DIR]` gives a row per operation, pass, mode (see `timing`) and competitor. With
+--resume it goes on with what DIR lacks; --without REGEX leaves competitors out.
 """
 
 import argparse

@@ -127,11 +127,15 @@ def test_every_test_of_a_section_has_its_place(tmp_path):
     )
 
 
-def test_workers_leave_two_cores_and_are_at_least_one(monkeypatch, tmp_path):
-    for cores, workers in ((16, "14"), (2, "1"), (None, "1")):
+WORKERS = {"gpu": ("1", "1", "1"), "correctness": ("14", "1", "1"), "parallel": ("4", "1", "1")}
+
+
+@pytest.mark.parametrize(("section", "workers"), WORKERS.items(), ids=WORKERS)
+def test_workers_by_cores(section, workers, monkeypatch, tmp_path):
+    for cores, expected in zip((16, 2, None), workers, strict=True):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        (command,) = gpu_check.commands("correctness", tmp_path)
-        assert command[command.index("-n") + 1] == workers
+        (command,) = gpu_check.commands(section, tmp_path)
+        assert command[command.index("-n") + 1] == expected
 
 
 @pytest.fixture
