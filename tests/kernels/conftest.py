@@ -5,10 +5,14 @@ import torch
 @pytest.fixture
 def set_fp32_precision():
     """Sets the precision of float32 products on CUDA, for the test alone."""
-    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     def to(precision):
         torch.backends.cuda.matmul.fp32_precision = precision
 
-    yield to
-    torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+    # Importing PyTorch's own samples of its operators, as other tests do, forbids to set it.
+    with torch.backends.__allow_nonbracketed_mutation():
+        legacy = torch.get_float32_matmul_precision()
+        before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        yield to
+        torch.set_float32_matmul_precision(legacy)
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
