@@ -13,7 +13,10 @@ from matplotlib.ticker import FuncFormatter
 
 from ..mlp.checkpoint import atomic_write
 
-COLOURS = tuple(f"tab:{name}" for name in "blue orange green red purple brown pink olive gray cyan".split())
+COLOURS = (
+    *("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"),
+    *("tab:brown", "tab:pink", "tab:olive", "tab:gray", "tab:cyan"),
+)
 MARKERS = {"forward": "o", "backward": "s", "both": "D", "inference": "^", "training": "v"}
 
 
