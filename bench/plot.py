@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -13,10 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from ..mlp.checkpoint import atomic_write
 
-COLOURS = (
-    *("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"),
-    *("tab:brown", "tab:pink", "tab:olive", "tab:gray", "tab:cyan"),
-)
+COLOURS = color_sequences["tab10"]
 MARKERS = {"forward": "o", "backward": "s", "both": "D", "inference": "^", "training": "v"}
 
 
