@@ -72,7 +72,7 @@ def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
         for i, case in enumerate(cases)
     ]
     handles += [
-        Line2D([], [], linestyle="", marker=MARKERS[each], color="grey", label=each)
+        Line2D([], [], linestyle="", marker=MARKERS[each], color="black", label=each)
         for each in dict.fromkeys(points["pass"])
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="case (colour), pass (shape)")
