@@ -47,7 +47,7 @@ def test_every_way_to_allow_tf32_is_heard(allow):
 
 
 def test_the_choice_is_a_constant_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
     def double_on_triton(x):
         return 2 * x if launch.best_on_gpu(torch.bfloat16, x.device).backend == "triton" else x
