@@ -14,6 +14,9 @@ is not run again, until the commit or a version changes; one that was stopped ha
 on with what is missing. What a section needs and is not installed is named, and the section is not run; without
 pytest-xdist tests run serially.
 
+--dry-run needs no GPU: each launch of these tests and benchmarks is compiled for an H100 and made on a stand-in for its
+driver (`dry_run`). The tests of ranks and the sanitizer are not part of it.
+
 A checkout that cannot be installed is imported from a folder of links, made in its root:
 
     mkdir -p /tmp/p/fusemlp
@@ -38,6 +41,9 @@ import torch
 from rich.console import Console
 
 from ..mlp.checkpoint import atomic_write
+from .cases import NETS, OPERATIONS
+from .dry_run import record_benchmarks, replay
+from .recorder import read
 from .results import environment
 
 SECTIONS = ("gpu", "correctness", "parallel", "nets", "operations", "sanitizer")
@@ -46,10 +52,15 @@ SECTION_SECONDS = 480
 LAST_WORDS_SECONDS = 10
 PASSED = "passed"
 BENCHMARKS = {"nets": "mlp", "operations": "ops"}
+CASES = {"nets": NETS, "operations": OPERATIONS}
 CORRECTNESS = (
     *("functional", "modules", "model", "chain", "distributed", "block", "recompute"),
     *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "opinfo"),
 )
+TESTS = {
+    "gpu": ["tests/mlp/test_gpu.py"],
+    "correctness": ["tests/kernels", *(f"tests/mlp/test_{name}.py" for name in CORRECTNESS)],
+}
 # Warnings are of the machine, and so are other plugins; a test that hangs is shown where.
 PYTEST = [
     *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "fusemlp.bench.failures"),
@@ -70,10 +81,9 @@ def commands(section: str, out: Path) -> list[list[str]]:
     """The command lines of a section."""
     cores = os.cpu_count() or 1
     if section == "gpu":
-        return [[*PYTEST, *on_workers(1), "tests/mlp/test_gpu.py"]]
+        return [[*PYTEST, *on_workers(1), *TESTS[section]]]
     if section == "correctness":
-        files = [f"tests/mlp/test_{name}.py" for name in CORRECTNESS]
-        return [[*PYTEST, *on_workers(cores - 2), "tests/kernels", *files, f"--junitxml={out / 'correctness.xml'}"]]
+        return [[*PYTEST, *on_workers(cores - 2), *TESTS[section], f"--junitxml={out / 'correctness.xml'}"]]
     if section == "parallel":
         # Of up to four ranks each.
         return [[*PYTEST, *on_workers(cores // 4), "tests/parallel", "-m", "gpu"]]
@@ -154,16 +164,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", default=SECTIONS, help=f"{', '.join(SECTIONS)} (all)")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="(gpu-check)")
     parser.add_argument("--seconds", type=float, default=SECTION_SECONDS, help=f"for each section ({SECTION_SECONDS})")
+    parser.add_argument("--dry-run", action="store_true", help="compile and launch it all for an H100, without a GPU")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the sections that have not passed yet. Returns 1 if one fails."""
+    """Run the sections that have not passed yet, or rehearse them. Returns 1 if one fails."""
     for section in arguments.sections:
         if section not in SECTIONS:
             raise ValueError(f"argument SECTION: {section!r}; allowed are {', '.join(SECTIONS)}")
+    if arguments.dry_run:
+        return rehearse(arguments.sections)
     if not torch.cuda.is_available():
         raise ValueError("there is no NVIDIA GPU here")
     return check(arguments.sections, arguments.out, arguments.seconds)
+
+
+def rehearse(sections: Sequence[str]) -> int:
+    """Launch what the sections would launch on an H100. Returns 1 if a test fails, or a launch would be refused."""
+    cores = os.cpu_count() or 1
+    tests = [path for section in sections for path in TESTS.get(section, ())]
+    status = 0
+    with tempfile.TemporaryDirectory() as folder:
+        if tests:
+            plugin = ["-p", "fusemlp.bench.recorder_plugin", "--record-launches", folder]
+            interpreted = {**variables("correctness"), "TRITON_INTERPRET": "1"}
+            status = subprocess.run([*PYTEST, *on_workers(cores), *plugin, *tests], env=interpreted).returncode
+        record_benchmarks(Path(folder), [case for section in sections for case in CASES.get(section, ())])
+        noted = read(Path(folder))
+    faults = [fault for fault in replay(noted, cores) if fault]
+    print(*faults, f"{len(noted)} kinds of launches, {len(faults)} of which an H100 would refuse", sep="\n")
+    return int(bool(status or faults))
 
 
 def check(sections: Sequence[str], out: Path, seconds: float) -> int:

@@ -1,31 +1,21 @@
-"""Notes launches without their data, each kind that Triton compiles apart once, to be made again elsewhere.
-
-As a pytest plugin (`-p fusemlp.bench.recorder --record-launches DIR`) it notes what the tests launch in Triton's
-interpreter, planned as for an H100, and writes one file into DIR for each process. Tests that need a GPU run on tensors
-without storage, up to the first thing that those cannot do; what they launch is noted, and nothing said of them.
-"""
+"""Notes launches without their data, each kind that Triton compiles apart once, to be made again elsewhere."""
 
 import io
 import os
 import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..kernels import launch
-from .hopper import planned_for_hopper, served_as_on_hopper
 
 
 @dataclass(frozen=True)
@@ -86,55 +76,3 @@ def read(folder: Path) -> list[bytes]:
     """Every launch that any process noted there, once, still pickled."""
     files: Iterable[Path] = sorted(folder.glob("launches-*.pickle"))
     return sorted({noted for file in files for noted in pickle.loads(file.read_bytes())})
-
-
-class _MetaForCuda(TorchFunctionMode):
-    """Makes tensors without storage where CUDA's were asked for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-class _Plugin:
-    """Notes the launches of a test run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.recorder = Recorder(launch.launch)
-        self.patches = ExitStack()
-
-    def pytest_sessionstart(self) -> None:
-        self.patches.enter_context(planned_for_hopper())
-        self.patches.enter_context(patch.object(launch, "launch", self.recorder))
-
-    def pytest_sessionfinish(self) -> None:
-        self.patches.close()
-        self.recorder.write(self.folder)
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Iterator[None]:
-        if not pyfuncitem.get_closest_marker("gpu"):
-            return (yield)
-        noting = Recorder()
-        noting.noted = self.recorder.noted
-        with served_as_on_hopper(noting), _MetaForCuda(), suppress(Exception):
-            yield
-        return True
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-launches", type=Path, metavar="DIR", help="note every launch, planned for an H100")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if (folder := config.getoption("--record-launches")) is not None:
-        config.pluginmanager.register(_Plugin(folder))

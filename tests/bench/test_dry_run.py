@@ -1,25 +1,23 @@
 """Launches noted here are compiled and launched elsewhere, on a library that stands in for CUDA's."""
 
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 import triton.language as tl
-from fusemlp.bench import recorder
+from fusemlp.bench import gpu_check, recorder
+from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import QUICK_NETS
-from fusemlp.bench.dry_run import record_benchmarks, replay
+from fusemlp.bench.dry_run import replay
 from fusemlp.bench.recorder import Recorder
 from fusemlp.kernels import config, gemm, launch
 from fusemlp.kernels.linear import linear_fwd
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 PATHS = ["tests/kernels/test_linear.py", "tests/mlp/test_gpu.py"]
-# A few of their kinds; `gpu-check --dry-run` takes them all.
+# A few of their kinds.
 SELECTION = "(test_forward and bfloat16 and relu6 and no_bias) or (test_tma_main_loop and bfloat16 and tanh)"
 
 
@@ -78,19 +76,30 @@ def test_kinds_of_launches_are_noted_once():
     assert [pickle.loads(each).args[1] for each in taken.noted.values()] == [16, 33]
 
 
-def test_tests_and_benchmarks_launch_what_an_h100_takes(tmp_path):
-    plugin = ["-p", "fusemlp.bench.recorder", "--record-launches", tmp_path]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugin, *PATHS, "-k", SELECTION],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    record_benchmarks(tmp_path, [QUICK_NETS[1]])
-    noted = recorder.read(tmp_path)
-    kernels = {pickle.loads(each).kernel.fn.__name__ for each in noted}
+def test_tests_and_benchmarks_launch_what_an_h100_takes(monkeypatch, capsys):
+    noted = []
+
+    def replay_noting(launches, processes):
+        noted.extend(map(pickle.loads, launches))
+        return replay(launches, processes)
+
+    monkeypatch.setattr(gpu_check, "TESTS", {"gpu": [*PATHS, "-k", SELECTION]})
+    monkeypatch.setattr(gpu_check, "CASES", {"nets": [QUICK_NETS[1]]})
+    monkeypatch.setattr(gpu_check, "replay", replay_noting)
+    assert main(["gpu-check", "--dry-run", "gpu", "nets"]) == 0
+    assert f"{len(noted)} kinds of launches, 0 of which an H100 would refuse" in capsys.readouterr().out
+    kernels = {each.kernel.fn.__name__ for each in noted}
     assert {"_gemm_kernel", "_activation_bwd_kernel", "_apply_bwd_kernel", "_merge_moments_kernel"} <= kernels
-    assert any(pickle.loads(each).meta.get("TMA") for each in noted)
-    assert [fault for fault in replay(noted, 2) if fault] == []
+    assert any(each.meta.get("TMA") for each in noted)
+
+
+def test_a_refused_launch_fails_the_dry_run(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "CASES", {"nets": [QUICK_NETS[0]]})
+    monkeypatch.setattr(gpu_check, "replay", lambda launches, _: ["_gemm_kernel: refused", *[None] * len(launches[1:])])
+    assert main(["gpu-check", "--dry-run", "nets"]) == 1
+    assert "_gemm_kernel: refused" in capsys.readouterr().out
+
+
+def test_a_failing_test_fails_the_dry_run(monkeypatch):
+    monkeypatch.setattr(gpu_check, "TESTS", {"gpu": ["tests/none.py"]})
+    assert main(["gpu-check", "--dry-run", "gpu"]) == 1
