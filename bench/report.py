@@ -7,6 +7,7 @@ of that name, made from the CSVs under bench/results, and draws beside each CSV 
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ def environment(table: Path) -> dict[str, Any]:
 
 
 def speed(results: Path) -> str:
-    """Training steps and inference on every GPU that was measured, in the mode that measures the device alone."""
+    """Nets on every GPU that was measured, training and inference, launching not counted; the means in both modes."""
     parts = []
     for path in sorted(results.rglob("mlp.csv")):
         machine = environment(path)
@@ -118,9 +119,18 @@ def speed(results: Path) -> str:
         versions = f"torch {machine['torch']}, Triton {machine['triton']}"
         parts.append(
             f"{machine['device']}, {versions}, CUDA graphs; the others in multiples of fusemlp's time.\n\n"
-            f"{markdown(pd.DataFrame(columns).reset_index())}"
+            f"{markdown(pd.DataFrame(columns).reset_index())}\n"
+            f"Geometric means over the nets:\n\n{_means(rows)}"
         )
     return "\n".join(parts) or "No GPU has been measured yet.\n"
+
+
+def _means(rows: pd.DataFrame) -> str:
+    """The geometric means, over the nets, of how many times as fast as each competitor fusemlp is."""
+    others = rows.query("competitor not in ('fusemlp', @CEILING)")
+    logs = others.assign(log=others["fusemlp_speedup"].map(math.log))
+    means = logs.pivot_table("log", ["pass", "mode"], "competitor").map(lambda log: f"{math.exp(log):.2f}x")
+    return markdown(means.rename(columns="against {}".format).reset_index())
 
 
 def claims(results: Path) -> str:

@@ -83,11 +83,18 @@ SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"
 
 
 def measured(folder, cuda):
-    """One net as a GPU (or, without CUDA, a CPU) would have it."""
+    """Two nets as a GPU (or, without CUDA, a CPU) would have them."""
     folder.mkdir()
-    times = {"fusemlp": 2.0, "torch": 5.0, "GEMM alone": 1.5}
+    nets = {
+        "net": {"fusemlp": 2.0, "torch": 5.0, "GEMM alone": 1.5},
+        "other": {"fusemlp": 1.0, "torch": 0.9, "GEMM alone": 0.8},
+    }
     rows = [
-        {"case": "net", "pass": "training", "mode": mode, "competitor": name, "median_ms": scale * ms}
+        {
+            **{"case": net, "pass": "training", "mode": mode, "competitor": name},
+            **{"median_ms": scale * ms, "fusemlp_speedup": ms / times["fusemlp"]},
+        }
+        for net, times in nets.items()
         for mode, scale in (("eager, L2 cold", 10), ("CUDA graph", 1))
         for name, ms in times.items()
     ]
@@ -101,6 +108,13 @@ def test_speed_is_in_multiples_of_fusemlps_time_in_graphs(tmp_path):
     text = render(SPEED, tmp_path)
     assert "a GPU, torch 2.11, Triton 3.6" in text
     assert "| net | training | 2 | 2.50x |" in text
+
+
+def test_the_mean_speed_is_geometric_and_of_each_mode(tmp_path):
+    measured(tmp_path / "gpu", "13.0")
+    text = render(SPEED, tmp_path)
+    assert "| training | CUDA graph | 1.50x |" in text
+    assert "| training | eager, L2 cold | 1.50x |" in text
 
 
 def test_speed_of_a_cpu_is_not_reported(tmp_path):
