@@ -91,8 +91,12 @@ def measured(folder, cuda):
     }
     rows = [
         {
-            **{"case": net, "pass": "training", "mode": mode, "competitor": name},
-            **{"median_ms": scale * ms, "fusemlp_speedup": ms / times["fusemlp"]},
+            "case": net,
+            "pass": "training",
+            "mode": mode,
+            "competitor": name,
+            "median_ms": scale * ms,
+            "fusemlp_speedup": ms / times["fusemlp"],
         }
         for net, times in nets.items()
         for mode, scale in (("eager, L2 cold", 10), ("CUDA graph", 1))
