@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as torch_F
 
 from ..mlp import functional as F
@@ -171,7 +172,9 @@ def layer_call(function: LayerFunction, operands: tuple[Tensor, ...], which: str
     grad = partial(torch.autograd.grad, inputs=inputs, grad_outputs=grad_output, allow_unused=True)
     if which == "both":
         return lambda: grad(function(*inputs))
-    output = function(*inputs)
+    # What torch.compile makes of a backward may else hand on the memory of saved tensors, and then runs only once.
+    with functorch_config.patch(donated_buffer=False):
+        output = function(*inputs)
     return lambda: grad(output, retain_graph=True)
 
 

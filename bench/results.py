@@ -1,5 +1,6 @@
 """Where results go: tables as CSV and JSON, and the machine they were measured on."""
 
+import functools
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ def write_table(table: pd.DataFrame, out: Path, name: str) -> None:
         file.write((json.dumps(environment(), indent=2) + "\n").encode())
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """The device, and the versions that a measurement depends on: None for what is not there."""
     on_gpu = torch.cuda.is_available()

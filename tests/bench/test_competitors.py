@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from fusemlp.bench import mlp, ops
-from fusemlp.bench.cases import NETS, QUICK_NETS, QUICK_OPERATIONS, NetCase
-from fusemlp.bench.competitors import CEILING, NET_COMPETITORS, NET_PASSES, net_call, net_operands
+from fusemlp.bench.cases import NETS, QUICK_LAYERS, QUICK_NETS, QUICK_OPERATIONS, NetCase
+from fusemlp.bench.competitors import (
+    CEILING,
+    NET_COMPETITORS,
+    NET_PASSES,
+    layer_call,
+    layer_operands,
+    net_call,
+    net_operands,
+)
 from fusemlp.mlp import MLP, reference
 from fusemlp.mlp.modules import BatchNorm1d
 
@@ -107,3 +115,15 @@ def files_run(call):
     finally:
         sys.setprofile(None)
     return ran
+
+
+@pytest.mark.parametrize(("which", "donated"), [("backward", False), ("both", True)])
+def test_a_backward_that_runs_again_gives_no_memory_away(which, donated):
+    seen = []
+
+    def noting(input, weight, bias):
+        seen.append(torch._functorch.config.donated_buffer)
+        return torch.nn.functional.linear(input, weight, bias)
+
+    layer_call(noting, layer_operands(QUICK_LAYERS[0], torch.device("cpu")), which)()
+    assert seen == [donated]
