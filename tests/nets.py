@@ -51,7 +51,7 @@ def step(net, x):
     return [y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
 
 
-def assert_undetectable(scenario, net, hand, x, backend):
+def assert_undetectable(scenario, net, hand, x, backend, rounded_to=None):
     """`scenario` may change the net it is given; it returns tensors, and None for gradients that must be missing."""
     truthful = copy.deepcopy(hand).double()
     ours, torchs, truths = scenario(net, x), scenario(hand, x), scenario(truthful, x.double())
@@ -60,7 +60,7 @@ def assert_undetectable(scenario, net, hand, x, backend):
         if result is not None and backend == "torch":
             assert torch.equal(result, torchs_result), i
         elif result is not None:
-            assert_as_close_as_torch(result, torchs_result, truth.double(), str(i))
+            assert_as_close_as_torch(result, torchs_result, truth.double(), str(i), rounded_to)
 
 
 VARIANTS = [

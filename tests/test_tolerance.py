@@ -1,5 +1,7 @@
 """What the other tests stand on: the tolerance, and memory that is not zero by luck."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tolerance import assert_as_close_as_torch
@@ -30,6 +32,13 @@ def test_four_units_are_too_much(place, dtype):
     wrong[place] -= 4
     with pytest.raises(AssertionError, match=r"result: error .*, allowed 2"):
         assert_as_close_as_torch(wrong, torchs, truth)
+
+
+@pytest.mark.parametrize(("units", "raises"), [(1, False), (4, True)], ids=["rounding", "too much"])
+def test_a_float32_result_may_have_been_rounded_to_16_bits(units, raises):
+    torchs, truth = (t.float() for t in rounded_and_true(torch.bfloat16))
+    with pytest.raises(AssertionError) if raises else nullcontext():
+        assert_as_close_as_torch(torchs - units, torchs, truth.double(), rounded_to=torch.bfloat16)
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
