@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen, compare, gpu_check, mlp, ops, regimes, report, roofline, scaling, traffic
+from . import codegen, compare, gpu_check, kernels, mlp, ops, products, regimes, report, roofline, scaling, traffic
 
 COMMANDS = {
     "gpu-check": gpu_check,
@@ -16,6 +16,8 @@ COMMANDS = {
     "roofline": roofline,
     "ops": ops,
     "mlp": mlp,
+    "products": products,
+    "kernels": kernels,
     "regimes": regimes,
 }
 

@@ -93,14 +93,19 @@ def launched(net: nn.Module, call: Call) -> dict[str, float]:
     return {"launches": len(ledger.launches), "moved_mb": sum(each.bytes for each in ledger.launches) / 1e6}
 
 
-def kernels(call: Call, device: torch.device) -> float:
-    """Kernels that one call runs, copies among them, as CUPTI sees them; nan on the CPU, and where it may not look."""
+def kernels(call: Call, device: torch.device) -> list[tuple[str, float]]:
+    """Name and microseconds of each kernel that one call runs, copies among them, in order, as CUPTI sees them.
+
+    Empty on the CPU, and where it may not look.
+    """
     if device.type != "cuda":
-        return math.nan
+        return []
+    torch.cuda.synchronize(device)  # what is still running belongs to other calls
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profile.events() or ()) or math.nan
+    events = [event for event in profile.events() or () if event.device_type == DeviceType.CUDA]
+    return [(event.name, event.time_range.elapsed_us()) for event in events]
 
 
 def measure_net(case: NetCase, which: str, device: torch.device, arguments: argparse.Namespace) -> pd.DataFrame:
@@ -127,7 +132,11 @@ def counts(timed: Mapping[str, tuple[nn.Module, Maker]], device: torch.device) -
     for name, (net, make) in timed.items():
         with noting(faults, name):
             call = make(0)
-            row = {"competitor": name, "saved_mib": saved_mib(net, call), "kernels": kernels(call, device)}
+            row = {
+                "competitor": name,
+                "saved_mib": saved_mib(net, call),
+                "kernels": len(kernels(call, device)) or math.nan,
+            }
             table.append(row | launched(net, call))
     for name, fault in faults.items():
         print(f"not counted: {name}: {fault}")
