@@ -16,6 +16,9 @@ os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 from fusemlp.kernels import launch
 from fusemlp.kernels.gemm import plan_gemm
 
+# Imported after this module, so with the variable set.
+pytest_plugins = ["memcheck"]
+
 torch.set_num_threads(1)
 # An example is slow for what it compiles, or for what else the machine does.
 settings.register_profile("fusemlp", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -17,7 +17,8 @@ if launch.HAS_TRITON:
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
     "ragged": (37, 50),
-    "tall": (301, 3),
+    # Not fewer: the largest of three errors is small by luck, and then twice PyTorch's is too.
+    "tall": (301, 19),
     "wide": (5, 300),
     "3d": (7, 9, 5),
     "4d": (3, 4, 2, 5),
