@@ -224,7 +224,7 @@ def gemm(
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
     if partial is not None:
-        out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[0, M * N :]
+        out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[:, M * N :]
     block_m, block_n, block_k = plan.block
     column_sums = None
     if epilogue.column_sums:
