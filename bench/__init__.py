@@ -1,1 +1,1 @@
-"""Measurements of the kernels, and what can be known of them without a GPU."""
+"""Benchmarks of the kernels, and analyses of them that need no GPU."""

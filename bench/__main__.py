@@ -1,4 +1,4 @@
-"""Measure: `python -m fusemlp.bench COMMAND --help`."""
+"""The benchmark command: `python -m fusemlp.bench COMMAND --help`."""
 
 import argparse
 import sys
@@ -23,7 +23,14 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0, 1 for a finding, 2 for arguments it cannot use."""
+    """Run one benchmark command.
+
+    Args:
+        argv: Command-line arguments without the program name; None means `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0 on success, 1 if the command found a fault or a regression, 2 if an argument is invalid.
+    """
     parser = argparse.ArgumentParser(prog="fusemlp-bench", description="Measure fusemlp and its competitors.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""What is measured: layers and whole nets, each a frozen dataclass."""
+"""The benchmark cases: layers, blocks, losses and whole nets."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from ..mlp.model import MLP
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One linear layer with its activation: (rows, in_features) -> (rows, out_features)."""
+    """One linear layer with its activation, from (rows, in_features) to (rows, out_features)."""
 
     name: str
     rows: int
@@ -21,7 +21,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class BlockCase:
-    """What follows a linear layer, of (rows, features): batch norm, ReLU and dropout, or dropout alone."""
+    """Batch norm, ReLU and dropout, or dropout alone if `batch_norm` is False, on activations (rows, features)."""
 
     name: str
     rows: int
@@ -33,7 +33,7 @@ class BlockCase:
 
 @dataclass(frozen=True)
 class LossCase:
-    """Cross-entropy of (rows, classes) logits or, with in_features, of a linear layer's output."""
+    """Cross-entropy of logits (rows, classes). With `in_features`, a linear layer computes the logits."""
 
     name: str
     rows: int
@@ -44,7 +44,7 @@ class LossCase:
 
 @dataclass(frozen=True)
 class NetCase:
-    """A training step or inference of a multilayer perceptron on `rows` rows."""
+    """A multilayer perceptron, in training or inference on `rows` rows."""
 
     name: str
     rows: int
@@ -57,6 +57,7 @@ class NetCase:
     dtype: torch.dtype = torch.bfloat16
 
     def build(self, device: torch.device) -> MLP:
+        """Make the net with random parameters."""
         return MLP(
             self.in_features,
             self.hidden_features,
@@ -69,6 +70,7 @@ class NetCase:
         )
 
     def widths(self) -> tuple[int, ...]:
+        """The widths of the input, the hidden layers and the output."""
         return (self.in_features, *self.hidden_features, self.out_features)
 
 
@@ -86,7 +88,7 @@ NETS = (
     *_at((256,), "RL policy", 64, (256, 256), 8),
 )
 
-# Every distinct layer of the nets, the lecture's 500 -> 1000, and one per regime.
+# Layers of the nets, the 500 -> 1000 layer of the textbook claims (see `regimes`), and layers of other regimes.
 LAYERS = (
     LayerCase("lecture 500 -> 1000", 64, 500, 1000),
     LayerCase("DLRM top 479 -> 1024", 65536, 479, 1024),

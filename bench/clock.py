@@ -1,4 +1,4 @@
-"""The clock and the power of a GPU while it is measured, as nvidia-smi tells them."""
+"""The clock rate and power of a GPU during a measurement, as reported by nvidia-smi."""
 
 import math
 import re
@@ -17,7 +17,12 @@ SAMPLE = re.compile(r"^([\d.]+), ([\d.]+)$", re.MULTILINE)
 
 @dataclass
 class Clock:
-    """Medians while a `watch` lasted: the clock of the multiprocessors in MHz, the power in watts; nan if not known."""
+    """Medians over the duration of a `watch`; nan if unknown.
+
+    Attributes:
+        sm_mhz: Clock rate of the multiprocessors in MHz.
+        watts: Power in watts.
+    """
 
     sm_mhz: float = math.nan
     watts: float = math.nan
@@ -25,7 +30,14 @@ class Clock:
 
 @contextmanager
 def watch(device: torch.device) -> Iterator[Clock]:
-    """A clock that is read, from beginning to end, on CUDA where nvidia-smi is installed."""
+    """Sample the GPU's clock rate and power inside the `with` block, every EVERY_MS milliseconds.
+
+    Args:
+        device: The device. Nothing is sampled on a CPU, or if nvidia-smi is not installed.
+
+    Yields:
+        The result, whose values are set when the block ends.
+    """
     clock = Clock()
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
         yield clock

@@ -1,13 +1,14 @@
-"""Compile every kernel for GPUs that need not be there, and read what the compiler made of it.
+"""Compile every kernel for several GPU architectures and report the resources that each kernel uses. Needs no GPU.
 
-`python -m fusemlp.bench codegen` prints one JSON object per kernel and pinned configuration: registers, bytes of stack
-(spills), shared memory, occupancy, counts of the instructions that tell whether the tensor cores and the asynchronous
-copies are used, and the budgets it breaks. Exits with 1 if any is broken. Needs a process in which Triton does not
-interpret.
+`python -m fusemlp.bench codegen` prints one JSON object for each kernel and pinned configuration: registers, bytes of
+stack (spills), shared memory, occupancy, and counts of the instructions that show whether tensor cores and asynchronous
+copies are used. It also lists the resource budgets that the kernel exceeds. The exit status is 1 if any budget is
+exceeded. The environment variable TRITON_INTERPRET must not be set.
 """
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -30,15 +31,16 @@ from triton.runtime import driver
 from ..kernels import config, launch
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.batch_norm import (
+    NormArgs,
     batch_norm_bwd,
     batch_norm_bwd_sums,
     batch_norm_fwd,
-    dropout_args,
 )
 from ..kernels.config import GemmConfig
-from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
-from ..kernels.dropout import dropout
-from ..kernels.epilogue import Epilogue, add_to, bitmask_width
+from ..kernels.cross_entropy import cross_entropy_fwd
+from ..kernels.cross_entropy_bwd import cross_entropy_bwd
+from ..kernels.dropout import dropout, dropout_args
+from ..kernels.epilogue import AddArgs, Epilogue, add_to, bitmask_width
 from ..kernels.gemm import gemm, plan_gemm
 from ..kernels.linear import (
     activation_bwd,
@@ -58,19 +60,19 @@ from .results import write_table
 # cvt.rna.tf32: PTX that rounds an operand to TF32.
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL", "cvt.rna.tf32")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-RESERVED = 1024  # bytes of shared memory that every block takes for itself
-REGISTERS, MAX_WARPS = 65536, 64  # of a multiprocessor, on all three architectures
-# Rows of logits: many in a tile, one or a part of one.
+RESERVED = 1024  # bytes of shared memory that the hardware reserves for every block
+REGISTERS, MAX_WARPS = 65536, 64  # per multiprocessor, on all three architectures
+# Numbers of classes for which a tile of logits holds many rows, one row, or a part of a row.
 CLASSES = (10, 1000, 4096, 131072)
 # Products without an epilogue, which may be split along K.
 SPLIT = ("linear_dgrad", "linear_wgrad", "linear_wgrad no bias")
-# What a hidden block ends with: nothing, and one that each kind of derivative stands for.
+# Activations after batch norm: none, and one for each way in which kernels compute the derivative.
 NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class StubDriver:
-    """Enough of Triton's driver to compile for an architecture; it launches nothing."""
+    """The part of Triton's driver interface that is needed to compile for an architecture. It cannot launch kernels."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -79,7 +81,7 @@ class StubDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        # Triton caches what it compiles, and for what, by device number.
+        # Triton caches compiled kernels by device number, so each architecture needs its own.
         return self.arch
 
     def get_current_stream(self, device: int) -> int:
@@ -91,7 +93,18 @@ class StubDriver:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses: registers per thread, stack and shared memory in bytes, instruction counts."""
+    """The resources of one compiled kernel.
+
+    Attributes:
+        kernel: Name of the kernel.
+        case: Name of the operation, configuration and dtype.
+        arch: Architecture: 80, 90 or 100.
+        warps: Warps per block.
+        registers: Registers per thread.
+        stack: Stack in bytes per thread.
+        shared: Shared memory in bytes per block.
+        instructions: How often each of INSTRUCTIONS occurs.
+    """
 
     kernel: str
     case: str
@@ -104,20 +117,21 @@ class Resources:
 
     @property
     def occupancy(self) -> float:
-        """Resident threads in percent of the 2048 that a multiprocessor can hold, by registers and shared memory.
+        """Resident threads in percent of the 2048 that a multiprocessor can hold.
 
-        A warp gets registers by 256 out of 65,536; a block 1 KiB of shared memory beside its own.
+        Registers are allocated to a warp in units of 256. Each block takes 1 KiB of shared memory in addition to its
+        own.
         """
-        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_registers = REGISTERS // (math.ceil(self.registers / 8) * 8 * 32 * self.warps)
         by_shared = (SHARED_LIMIT[self.arch] + RESERVED) // (self.shared + RESERVED)
         blocks = min(by_registers, by_shared, MAX_WARPS // self.warps)
         return 100 * blocks * self.warps / MAX_WARPS
 
     def broken_budgets(self) -> list[str]:
-        """What this kernel should not do, or should and does not."""
+        """Describe the budgets that this kernel exceeds and the instructions that it should use but does not."""
         case, count = self.case, self.instructions
         tensor_cores = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[self.arch]
-        # A tile of 16 rows is too short for the warp-group instructions of sm_90 and sm_100.
+        # A tile of 16 rows is too small for the tensor core instructions of sm_90 and sm_100.
         if " 16x" in case:
             tensor_cores = "HMMA"
         products = self.kernel == "_gemm_kernel" and "ieee" not in case
@@ -132,11 +146,11 @@ class Resources:
         return [message for message, broken in checks.items() if broken]
 
     def _stack_budget(self) -> int:
-        """Bytes. None in products on the architecture the tiles were chosen for; else the compiler may park a few."""
+        """The allowed stack in bytes: 0 for products on sm_90, for which the tiles were chosen, and 32 otherwise."""
         return 0 if self.arch == 90 and self.kernel == "_gemm_kernel" and "ieee" not in self.case else 32
 
     def _shared_budget(self) -> int:
-        """Bytes. A product's tile is chosen by what its configuration says that it takes."""
+        """The allowed shared memory in bytes. For products, `GemmConfig.shared_kib` limits it."""
         if self.kernel != "_gemm_kernel":
             return SHARED_LIMIT[self.arch]
         named = {tile_name(precision, entry): entry for precision, _, entry in configurations(self.arch)}
@@ -145,6 +159,7 @@ class Resources:
 
 
 def read_resources(compiled: Any, case: str, arch: int) -> Resources:
+    """Read the resources of a kernel that Triton compiled, with cuobjdump."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -161,7 +176,7 @@ def read_resources(compiled: Any, case: str, arch: int) -> Resources:
 
 
 def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and launch of every GEMM that a linear layer makes, on unread tensors."""
+    """Yield the name and a launch of every matrix product of linear layers, on uninitialised tensors of a dtype."""
     M, K, N = 4096, 2048, 1024
     x, w, dz = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N)))
     bias = torch.empty(N, dtype=dtype)
@@ -180,28 +195,28 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         kept = saved(K, entry.saves)
         yield f"linear_dgrad {name}", lambda name=name, kept=kept: linear_dgrad(dz, w, name, kept)
     mean, var, scale, shift = (torch.empty(K) for _ in range(4))
-    norm = mean, var, scale, shift, 1e-5
+    norm = NormArgs(mean, var, scale, shift, 1e-5)
     dropout = dropout_args(0.1, torch.empty(1, dtype=torch.int64))
     yield "linear_fwd moments", lambda: linear_fwd_moments(x, w, bias)
-    yield "linear_fwd norm relu", lambda: linear_fwd_norm(x, w, bias, *norm, "relu")
+    yield "linear_fwd norm relu", lambda: linear_fwd_norm(x, w, bias, mean, var, scale, shift, 1e-5, "relu")
     for name in NORM_ACTIVATIONS:
         yield (
             f"linear_dgrad norm {name} dropout",
             lambda name=name: linear_dgrad_norm(dz, w, x, norm, dropout, name),
         )
     total = torch.empty(N, K, dtype=dtype)
-    add = Epilogue(add_to, (total, K), heavy=True)
+    add = Epilogue(add_to, AddArgs(total, K), heavy=True)
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
-    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, (None,) * 5, dropout, "relu")
+    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, NormArgs(), dropout, "relu")
 
 
 def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and launches of every pass over activations, on unread tensors."""
+    """Yield the name and launches of every pass over activations or logits, on uninitialised tensors of a dtype."""
     M, N = 4096, 1024
     x, dy = (torch.empty(M, N, dtype=dtype) for _ in range(2))
     mean, var, weight, bias = (torch.empty(N) for _ in range(4))
     seed = torch.empty(1, dtype=torch.int64)
-    norm = mean, var, weight, bias, 1e-5
+    norm = NormArgs(mean, var, weight, bias, 1e-5)
     for name, entry in ACTIVATIONS.items():
         kept = torch.empty(M, bitmask_width(N), dtype=torch.uint8) if entry.saves == "bitmask" else dy
         yield f"activation_bwd {name}", lambda name=name, kept=kept: activation_bwd(dy, name, kept)
@@ -242,6 +257,7 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
+    """Yield the precision, dtype and configuration of every pinned tile for an architecture."""
     for entry in (*(config.TMA_16BIT if arch >= 90 else ()), *config.POINTER_16BIT):
         yield "bf16", torch.bfloat16, entry
     for entry in config.POINTER_TF32:
@@ -251,24 +267,31 @@ def configurations(arch: int) -> Iterator[tuple[str, torch.dtype, GemmConfig]]:
 
 
 def tile_name(precision: str, entry: GemmConfig) -> str:
+    """The name of a tile in cases and tables, such as "bf16 128x256x64 tma"."""
     return f"{precision} {entry.BLOCK_M}x{entry.BLOCK_N}x{entry.BLOCK_K} {'tma' if entry.tma else 'pointer'}"
 
 
 class NeverChosen(Exception):
-    """The configuration is not among those that the launch at hand can get."""
+    """The launch never uses this configuration."""
 
 
 def choose(entry: GemmConfig, splits: int, *_: int, heavy_epilogue: bool, **__: Any) -> tuple[GemmConfig, int]:
-    """Stands in for `config.select_gemm`."""
+    """Replaces `config.select_gemm` to force a configuration. Raises NeverChosen if the launch would never use it."""
     if heavy_epilogue and entry is config.WIDEST:
         raise NeverChosen
     return entry, splits
 
 
 def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
-    """Compile, for one architecture, every case whose name the regular expression `only` finds.
+    """Compile the cases for one architecture.
 
-    quick: in the first pinned configuration alone.
+    Args:
+        arch: Architecture: 80, 90 or 100.
+        only: Regular expression; only cases whose name matches are compiled.
+        quick: Compile products in the first pinned configuration only.
+
+    Yields:
+        The resources of each compiled kernel.
     """
     driver.set_active(StubDriver(arch))  # pyright: ignore[reportArgumentType]
     compiled: list[Any] = []
@@ -298,16 +321,17 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arch", type=int, nargs="*", default=[80, 90, 100], help="80, 90, 100 (default: all three)")
+    """Add the options of this command."""
+    parser.add_argument("arch", type=int, nargs="*", default=[80, 90, 100], help="80, 90 or 100 (default: all three)")
     add_common_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print every kernel's resources as JSON. Returns 1 if a budget is broken."""
+    """Print the resources of every kernel as JSON and, with --out, write tables. Returns 1 if a budget is exceeded."""
     if unknown := {*arguments.arch} - {*SHARED_LIMIT}:
         raise ValueError(f"argument arch: {min(unknown)}; allowed are {', '.join(map(str, SHARED_LIMIT))}")
     if launch.INTERPRET:
-        raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
+        raise ValueError("environment variable TRITON_INTERPRET: must not be set, or nothing would be compiled")
     broken = False
     for arch in arguments.arch:
         rows = []

@@ -1,4 +1,4 @@
-"""What the commands that measure share: their options, the choice of cases, and printed tables."""
+"""Helpers that the benchmark commands share: options, selection of cases, and printed tables."""
 
 import argparse
 import os
@@ -20,58 +20,71 @@ T = TypeVar("T")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--filter", default="", metavar="REGEX", help="cases whose name it finds (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small cases and little patience: a look at the harness")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write tables and pictures there")
+    """Add the options --filter, --quick and --out."""
+    parser.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small cases and short measurements, to try the command")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tables and pictures (default: none)")
 
 
 def select(cases: Sequence[Case], regex: str) -> list[Case]:
-    """The cases whose name `regex` finds. Raises ValueError for a bad expression."""
+    """Select the cases in whose name the regular expression is found.
+
+    Raises:
+        ValueError: If the expression is invalid.
+    """
     try:
         return [case for case in cases if re.search(regex, case.name)]
     except re.error as error:
-        raise ValueError(f"argument --filter: {regex!r}: {error}") from error
+        raise ValueError(f"argument --filter: {regex!r} is not a regular expression: {error}") from error
 
 
 def leave_out(named: Mapping[str, T], regex: str) -> dict[str, T]:
-    """Those whose name `regex` does not find; an empty one finds nothing. Raises ValueError for a bad expression."""
+    """Drop the entries in whose name the regular expression is found. An empty expression drops nothing.
+
+    Raises:
+        ValueError: If the expression is invalid.
+    """
     try:
         return {name: each for name, each in named.items() if not (regex and re.search(regex, name))}
     except re.error as error:
-        raise ValueError(f"argument --without: {regex!r}: {error}") from error
+        raise ValueError(f"argument --without: {regex!r} is not a regular expression: {error}") from error
 
 
 def in_dtypes(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """Every case in every type."""
+    """Repeat the cases for every dtype."""
     return [replace(case, dtype=dtype) for dtype in dtypes for case in cases]
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """What nets are computed in unless something else is asked for: bfloat16 on CUDA, float32 on a CPU."""
+    """The default dtype of benchmarks: bfloat16 on CUDA, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_any(regex: str, *cases: Sequence[object]) -> None:
-    """Raise ValueError if the filter left no case."""
+    """Raise ValueError if --filter selected no case."""
     if not any(cases):
-        raise ValueError(f"argument --filter: {regex!r} finds no case")
+        raise ValueError(f"argument --filter: {regex!r} matches no case")
 
 
 def warn_if_busy(device: torch.device) -> None:
-    """Say so if other programs use the CPU that is to be measured: threads that wait for each other lose the most."""
-    if device.type != "cpu" or not hasattr(os, "getloadavg"):  # which Windows lacks
+    """Print a warning if the device is a CPU that other programs are using."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):  # Windows has no load average
         return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores / 2:
-        print(f"this machine is busy (load {load:.1f} on {cores} cores): times will be too long, and ratios unsteady")
+        print(
+            f"warning: other programs use the CPU (load {load:.1f} on {cores} cores); times will be too long, and "
+            "ratios unreliable"
+        )
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print it; numbers with three significant digits, what is not known as a dash."""
+    """Print a table. Numbers have three significant digits; missing values are shown as a dash."""
     console = Console(width=None if Console().is_terminal else 200)
     printed = Table(title=title, title_justify="left")
     for column in table.columns:

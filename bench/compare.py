@@ -1,9 +1,10 @@
-"""Two folders of results side by side: what changed, and what got worse beyond noise.
+"""Compare two folders of results: list what changed, and mark regressions that exceed noise.
 
-`python -m fusemlp.bench compare A B` joins every CSV that both folders hold on its first text columns that tell the
-rows apart, and prints each number that differs with its ratio B / A. A median is a regression if B's interval between
-the 20% and 80% quantiles lies above A's, or B has none; a counted column, such as launches, bytes or registers, if it
-grew at all. Exits with 1 if there is a regression.
+`python -m fusemlp.bench compare A B` reads every CSV file that both folders contain. It matches rows by their first
+text columns, as many as are needed to identify a row, and prints each number that differs with its ratio B / A. A
+median is a regression if the interval between B's 20% and 80% quantiles lies above A's interval, or if B's median is
+missing. A count, such as launches, bytes or registers, is a regression if it grew. The exit status is 1 if there is a
+regression.
 """
 
 import argparse
@@ -19,21 +20,34 @@ from rich.table import Table
 
 Row = dict[Any, Any]
 QUANTILE = "p20|p80"
-# The same at every run, and better when smaller.
+# Columns that are the same in every run, and better when smaller.
 COUNTED = ("launches", "bytes", "flops", "registers", "stack", "shared", "LDL", "STL")
 
 
 def key_columns(table: pd.DataFrame) -> list[str]:
-    """The first text columns that together tell the rows apart. Raises ValueError if all of them do not."""
+    """Find the first text columns, as few as possible, that together identify each row.
+
+    Raises:
+        ValueError: If two rows agree in all text columns.
+    """
     text = list(table.select_dtypes(exclude="number").columns)
     for count in range(1, len(text) + 1):
         if not table.duplicated(text[:count]).any():
             return text[:count]
-    raise ValueError(f"rows that no text column tells apart: {', '.join(table.columns)}")
+    raise ValueError(f"the text columns do not identify the rows of a table with columns {', '.join(table.columns)}")
 
 
 def verdict(column: str, a: Row, b: Row) -> str:
-    """What a change of the column means: "regression", "noise" or nothing."""
+    """Judge the change of a column.
+
+    Args:
+        column: Name of the column.
+        a: Row of the first table.
+        b: The same row of the second table.
+
+    Returns:
+        "regression", "noise", or "" for an improvement or a column that is not judged.
+    """
     if column in COUNTED:
         return "regression" if b[column] > a[column] else ""
     if "median" not in column:
@@ -45,7 +59,19 @@ def verdict(column: str, a: Row, b: Row) -> str:
 
 
 def changes(a: pd.DataFrame, b: pd.DataFrame) -> Iterator[Row]:
-    """What differs, as rows of: row, column, A, B, ratio B / A, verdict; a row of one table alone has only the ends."""
+    """Compare two tables.
+
+    Args:
+        a: The first table.
+        b: The second table, with the same key columns.
+
+    Yields:
+        A dict for each number that differs: "row", "column", "A", "B", "ratio" (B / A) and "verdict". A row that only
+        one table has yields a single dict with "row" and "verdict".
+
+    Raises:
+        ValueError: If the text columns do not identify the rows.
+    """
     key = key_columns(a)
     before, after = (
         dict(zip(table[key].astype(str).agg(", ".join, axis=1), table.to_dict("records"), strict=True))
@@ -65,7 +91,18 @@ def changes(a: pd.DataFrame, b: pd.DataFrame) -> Iterator[Row]:
 
 
 def compare(a: Path, b: Path) -> list[Row]:
-    """`changes` of every table that both folders hold, its path first. Raises ValueError if they share none."""
+    """Compare all CSV files that two folders have in common.
+
+    Args:
+        a: Folder of the first results.
+        b: Folder of the second results.
+
+    Returns:
+        The `changes` of every table, with the path of the table as "table".
+
+    Raises:
+        ValueError: If a folder does not exist, or the folders have no CSV file in common.
+    """
     for folder in (a, b):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
@@ -73,7 +110,7 @@ def compare(a: Path, b: Path) -> list[Row]:
         {path.relative_to(a) for path in a.rglob("*.csv")} & {path.relative_to(b) for path in b.rglob("*.csv")}
     )
     if not shared:
-        raise ValueError(f"{a} and {b}: no table in both")
+        raise ValueError(f"{a} and {b} have no CSV file in common")
     return [
         {"table": str(path), **change}
         for path in shared
@@ -82,12 +119,13 @@ def compare(a: Path, b: Path) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, metavar="A", help="folder of results before")
-    parser.add_argument("b", type=Path, metavar="B", help="folder of results after")
+    """Add the options of this command."""
+    parser.add_argument("a", type=Path, metavar="A", help="folder with the results before a change")
+    parser.add_argument("b", type=Path, metavar="B", help="folder with the results after a change")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print what differs. Returns 1 if there is a regression."""
+    """Print all differences. Returns 1 if there is a regression, else 0."""
     differing = compare(arguments.a, arguments.b)
     regressions = sum(change["verdict"] == "regression" for change in differing)
     table = Table(title=f"{len(differing)} differences, {regressions} regressions")

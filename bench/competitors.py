@@ -1,6 +1,7 @@
-"""Who is measured: each competitor makes, for a case, the layer as a function or the net as a module, or None.
+"""The implementations that are compared, called competitors, and the calls that are timed.
 
-A layer is a function of (input, weight, bias); a net is made from the MLP whose parameters it shares.
+A layer competitor makes a function of (input, weight, bias) for a case. A net competitor makes a module that shares the
+parameters of a given MLP. Both return None for a case that they do not support.
 """
 
 from collections.abc import Callable
@@ -30,9 +31,9 @@ NET_PASSES = ("inference", "training")
 
 LAYER_COMPETITORS: dict[str, MakeLayer] = {}
 NET_COMPETITORS: dict[str, MakeNet] = {}
-# It computes only the matrix products of a case: no result to check, and nobody's speed to reach.
+# This competitor computes only the matrix products of a case. Its results are not checked; its time is a lower bound.
 CEILING = "GEMM alone"
-# Everybody gets CUDA graphs from `timing`, or nobody.
+# `timing` captures all competitors in CUDA graphs in the same way, so torch.compile must not capture its own.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
@@ -69,7 +70,7 @@ def _autotuned_layer(case: LayerCase, device: torch.device, grad: bool) -> Layer
 
 @_register(LAYER_COMPETITORS, "torch._addmm_activation")
 def _addmm_activation_layer(case: LayerCase, device: torch.device, grad: bool) -> LayerFunction | None:
-    # cuBLASLt's epilogue approximates GELU by tanh; on the CPU it is the exact one.
+    # GELU is the tanh approximation in cuBLASLt's epilogue, and exact on the CPU.
     gelu = "gelu_tanh" if device.type == "cuda" else "gelu"
     if grad or case.activation not in ("relu", gelu):
         return None
@@ -90,7 +91,7 @@ def _fusemlp_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
 
 @_register(NET_COMPETITORS, "torch")
 def _torch_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
-    """The Sequential of torch.nn modules that a person would write, on the same parameters and buffers."""
+    """A plain Sequential of torch.nn modules that shares the net's parameters and buffers."""
     return nn.Sequential(*map(_torch_module, net))
 
 
@@ -113,7 +114,10 @@ def _gemm_net(case: NetCase, net: MLP, device: torch.device) -> nn.Module:
 
 
 class Failed(nn.Module):
-    """Stands for a competitor that could not be made, and says why when it is called: it loses nobody else."""
+    """A placeholder for a competitor that could not be made. It raises the original error when it is called.
+
+    The other competitors can thus still be measured.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -124,7 +128,7 @@ class Failed(nn.Module):
 
 
 def made(make: Callable[..., T], *arguments: Any) -> T | Failed:
-    """What `make` returns; if it raises, a competitor that does so when it is called."""
+    """Call `make(*arguments)`. If it raises an exception, return a `Failed` module instead."""
     try:
         return make(*arguments)
     except Exception as error:
@@ -132,11 +136,12 @@ def made(make: Callable[..., T], *arguments: Any) -> T | Failed:
 
 
 def compiled(plain: Any, mode: str = "default") -> Any:
+    """Compile a function or module with torch.compile, for static shapes."""
     return torch.compile(plain, dynamic=False, mode=mode)
 
 
 def _torch_module(module: nn.Module) -> nn.Module:
-    """The torch.nn module that one of ours stands for, on the same parameters and buffers; any other as it is."""
+    """The torch.nn equivalent of a fusemlp module, with the same parameters and buffers. Returns others unchanged."""
     if isinstance(module, nn.Linear):
         made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
     elif isinstance(module, nn.BatchNorm1d):
@@ -152,7 +157,17 @@ def _torch_module(module: nn.Module) -> nn.Module:
 
 
 def layer_operands(case: LayerCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-    """Input, weight, bias and output gradient, normal: the first three ask for gradients."""
+    """Make normally distributed operands of a layer.
+
+    Args:
+        case: The layer.
+        device: Where to make them.
+        seed: Seed of the random numbers.
+
+    Returns:
+        input (rows, in_features), weight (out_features, in_features) and bias (out_features,), which require
+        gradients, and the gradient of the output (rows, out_features).
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device, dtype=case.dtype)
     input = normal(case.rows, case.in_features)
@@ -162,9 +177,17 @@ def layer_operands(case: LayerCase, device: torch.device, seed: int = 0) -> tupl
 
 
 def layer_call(function: LayerFunction, operands: tuple[Tensor, ...], which: str) -> Call:
-    """One pass of LAYER_PASSES as a call returning its results: the output, or the gradients of all three inputs.
+    """Make a call that runs one pass of a layer.
 
-    "forward" keeps nothing for backward, as in inference; "backward" runs again and again over one forward.
+    Args:
+        function: The layer, a function of all operands but the last.
+        operands: The inputs, and last the gradient of the output.
+        which: "forward" (without autograd, as in inference), "backward" (repeatable, over a single forward pass) or
+            "both".
+
+    Returns:
+        A function without arguments. It returns the results: the output for "forward", else the gradients of all
+        inputs.
     """
     *inputs, grad_output = operands
     if which == "forward":
@@ -172,23 +195,30 @@ def layer_call(function: LayerFunction, operands: tuple[Tensor, ...], which: str
     grad = partial(torch.autograd.grad, inputs=inputs, grad_outputs=grad_output, allow_unused=True)
     if which == "both":
         return lambda: grad(function(*inputs))
-    # What torch.compile makes of a backward may else hand on the memory of saved tensors, and then runs only once.
+    # Without this option a compiled backward pass may reuse the memory of saved tensors, and then cannot run again.
     with functorch_config.patch(donated_buffer=False):
         output = function(*inputs)
     return lambda: grad(output, retain_graph=True)
 
 
 def net_operands(case: NetCase, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A net's input and output gradient, normal."""
+    """Make a normally distributed input (rows, in_features) and gradient of the output (rows, out_features)."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device, dtype=case.dtype)
     return normal(case.rows, case.in_features), normal(case.rows, case.out_features)
 
 
 def net_call(net: nn.Module, operands: tuple[Tensor, Tensor], which: str) -> Call:
-    """One pass of NET_PASSES as a call returning its results: the output and, training, every parameter's gradient.
+    """Make a call that runs one pass of a net. Loss and optimizer are the same for all competitors and left out.
 
-    Loss and optimizer are left out: they are the same for everybody.
+    Args:
+        net: The net. It is set to training or evaluation mode.
+        operands: The input and the gradient of the output, from `net_operands`.
+        which: "inference" or "training" (forward and backward).
+
+    Returns:
+        A function without arguments. It returns the results: the output and, for "training", the gradient of every
+        parameter.
     """
     input, grad_output = operands
     net.train(which == "training")

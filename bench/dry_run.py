@@ -1,10 +1,10 @@
-"""What gpu-check would launch on an H100, on a machine without a GPU: compiled for sm_90 and launched on a stand-in.
+"""Rehearse gpu-check without a GPU: compile its kernels for an H100 and launch them on a substitute for the driver.
 
-First the launches are noted (`recorder`): those of the tests, in Triton's interpreter, and those of the benchmarks'
-cases, on tensors without storage; both planned as for an H100. Then each is compiled and launched twice, once by Triton
-and once from the cache of launches, through Triton's own launcher, on a library that stands in for CUDA's
-(`stand_in_libcuda.c`). This proves that every kernel compiles, fits an H100 and takes its arguments; it says nothing of
-results.
+First the launches are recorded (see `recorder`), planned as for an H100: those of the tests in Triton's interpreter,
+and those of the benchmark cases on tensors without storage. Then each launch is compiled for sm_90 and made twice
+through Triton's own launcher, first by Triton and then from fusemlp's launch cache. The launcher calls a library that
+replaces libcuda.so.1 (`stand_in_libcuda.c`). This checks that every kernel compiles, fits an H100 and accepts its
+arguments. It does not check results.
 """
 
 import os
@@ -36,7 +36,12 @@ CUDA_HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 
 
 def record_benchmarks(folder: Path, cases: Sequence[NetCase | LayerCase | BlockCase | LossCase]) -> None:
-    """Note what the fusemlp side of the cases launches, forward and backward, and for nets in inference too."""
+    """Record fusemlp's launches of the cases: forward and backward, and for nets inference as well.
+
+    Args:
+        folder: Folder to write the recorded launches to.
+        cases: Benchmark cases.
+    """
     recorder = Recorder()
     with served_as_on_hopper(recorder):
         for case in cases:
@@ -75,7 +80,10 @@ def _block(case: BlockCase) -> Tensor:
 
 @contextmanager
 def stand_in_libcuda() -> Iterator[None]:
-    """Processes started inside load the stand-in for libcuda.so.1, and compile what this one interprets."""
+    """Build the substitute for libcuda.so.1 and set the environment variables that make new processes load it.
+
+    Processes started inside the `with` block compile kernels instead of interpreting them.
+    """
     before = os.environ.copy()
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
@@ -91,7 +99,7 @@ def stand_in_libcuda() -> Iterator[None]:
 
 
 def _activate_driver() -> None:
-    # Its base class asks for PyTorch's CUDA build, so it is defined only where it is used.
+    # Importing the base class requires PyTorch's CUDA build, so the class is defined only where it is used.
     from triton.backends.nvidia.driver import CudaDriver
 
     class Driver(CudaDriver):
@@ -106,7 +114,7 @@ def _activate_driver() -> None:
 
 
 def _launch_twice(noted: bytes) -> str | None:
-    """What went wrong, if anything did."""
+    """Make a recorded launch twice. Returns the error message, or None."""
     each: NotedLaunch = pickle.loads(noted)
     try:
         for _ in range(2):
@@ -117,7 +125,15 @@ def _launch_twice(noted: bytes) -> str | None:
 
 
 def replay(noted: Sequence[bytes], processes: int) -> list[str | None]:
-    """Compile each and launch it; what went wrong with each, None where nothing did."""
+    """Compile and make recorded launches.
+
+    Args:
+        noted: Pickled launches, from `recorder.read`.
+        processes: Number of processes to use.
+
+    Returns:
+        For each launch, the error message, or None if it succeeded.
+    """
     spawn = get_context("spawn")
     with stand_in_libcuda(), ProcessPoolExecutor(processes, spawn, initializer=_activate_driver) as pool:
         return [*track(pool.map(_launch_twice, noted), "launches", len(noted), transient=True)]

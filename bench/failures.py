@@ -1,7 +1,7 @@
-"""Tests that may be stopped at any moment, and kernels that may fail as only a GPU's can: a plugin for pytest.
+"""A pytest plugin for test runs on a GPU that may be stopped early or lose the CUDA context.
 
-`python -m pytest -p fusemlp.bench.failures` prints a line for every failure as it happens. With pytest-xdist, a worker
-whose device a test has lost ends with that test, and another goes on in its place.
+`python -m pytest -p fusemlp.bench.failures` prints a line for every failure as soon as it happens. With pytest-xdist, a
+worker process whose CUDA context became unusable exits after that test, and pytest-xdist starts a new worker.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def device_is_lost() -> bool:
-    """Whether a kernel has left CUDA unusable for this process, as an access out of bounds does."""
+    """Whether CUDA has become unusable for this process, for example because a kernel accessed memory out of bounds."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -21,11 +21,12 @@ def device_is_lost() -> bool:
 
 
 def first_line(message: str) -> str:
+    """The first line of a message."""
     return message.strip().partition("\n")[0]
 
 
 class _Lines:
-    """Prints failures, those of workers too."""
+    """Prints failures immediately, those of worker processes included."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -41,7 +42,7 @@ class _Lines:
 
 
 class _Worker:
-    """Ends with the test that has lost its device."""
+    """Ends the worker process after a test that left CUDA unusable."""
 
     def pytest_runtest_logfinish(self) -> None:
         if device_is_lost():

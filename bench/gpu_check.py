@@ -1,26 +1,25 @@
-"""Everything a GPU can tell, in sections of at most 8 minutes, resumable, in one archive.
+"""Run all tests and benchmarks that need a GPU, in resumable sections of at most 8 minutes, and archive the results.
 
-`python -m fusemlp.bench gpu-check [SECTION ...] --out DIR`, from the root of a checkout, runs
+`python -m fusemlp.bench gpu-check [SECTION ...] --out DIR` must be started in the root of a checkout. It runs
 
-    gpu           tests/mlp/test_gpu.py, serially and alone on the device: memory, streams, graphs, no waiting
-    correctness   the other tests on CUDA tensors, without the interpreter, on all but two of the cores
-    parallel      sharded nets: NCCL on one rank, and ranks that share the GPU, on a quarter of the cores
+    gpu           tests/mlp/test_gpu.py in one process, alone on the device: memory, streams, graphs, synchronisation
+    correctness   the other tests on CUDA tensors, without the interpreter, on all but two CPU cores
+    parallel      tests of sharded nets: NCCL on one rank, and several ranks on one GPU, on a quarter of the CPU cores
     nets          `mlp` in bfloat16 without max-autotune: DIR/results/mlp.csv
-    operations    `ops` likewise: DIR/results/ops.csv
-    sanitizer     compute-sanitizer's memcheck and racecheck over every kernel at ragged shapes
+    operations    `ops` in bfloat16 without max-autotune: DIR/results/ops.csv
+    sanitizer     compute-sanitizer's memcheck and racecheck on every kernel, for shapes that do not fill whole tiles
 
-and writes DIR/SECTION.log, DIR/status.json and, after each section, all of that into DIR.tar.gz. A section that passed
-is not run again, until the commit or a version changes; one that was stopped has said what failed, and benchmarks go
-on with what is missing. What a section needs and is not installed is named, and the section is not run; without
-pytest-xdist tests run serially.
+and writes DIR/SECTION.log and DIR/status.json. After each section it archives DIR as DIR.tar.gz. A section that passed
+is skipped until the commit or a version changes. A section that exceeds its time is stopped; its log contains the
+failures up to then, and a benchmark continues with the missing cases the next time. A section is not run if a tool or
+package that it needs is not installed. Without pytest-xdist, tests run in one process.
 
---dry-run needs no GPU: each launch of these tests and benchmarks is compiled for an H100 and made on a stand-in for its
-driver (`dry_run`). The tests of ranks and the sanitizer are not part of it.
+--dry-run needs no GPU. It compiles each launch of these tests and benchmarks for an H100 and makes it on a substitute
+for the CUDA driver (see `dry_run`). It does not include the sections parallel and sanitizer.
 
-A checkout that cannot be installed is imported from a folder of links, made in its root:
+To run a checkout without installing it, link to its root:
 
-    mkdir -p /tmp/p/fusemlp
-    ln -s "$PWD"/kernels "$PWD"/mlp "$PWD"/parallel "$PWD"/bench /tmp/p/fusemlp/
+    mkdir /tmp/p && ln -s "$PWD" /tmp/p/fusemlp
     PYTHONPATH=/tmp/p python -m fusemlp.bench gpu-check
 """
 
@@ -40,7 +39,7 @@ from typing import Any, BinaryIO
 import torch
 from rich.console import Console
 
-from ..mlp.checkpoint import atomic_write
+from ..mlp.training.checkpoint import atomic_write
 from .cases import NETS, OPERATIONS
 from .dry_run import record_benchmarks, replay
 from .recorder import read
@@ -48,7 +47,7 @@ from .results import environment
 
 SECTIONS = ("gpu", "correctness", "parallel", "nets", "operations", "sanitizer")
 SECTION_SECONDS = 480
-# How long a section that was told to stop may take to say what it had found.
+# Seconds that a stopped section has to print its results before it is killed.
 LAST_WORDS_SECONDS = 10
 PASSED = "passed"
 BENCHMARKS = {"nets": "mlp", "operations": "ops"}
@@ -61,13 +60,13 @@ TESTS = {
     "gpu": ["tests/mlp/test_gpu.py"],
     "correctness": ["tests/kernels", *(f"tests/mlp/test_{name}.py" for name in CORRECTNESS)],
 }
-# Warnings are of the machine, and so are other plugins; a test that hangs is shown where.
+# Warnings are not errors, because they depend on the machine. The stack of a test that hangs is printed.
 PYTEST = [
     *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "fusemlp.bench.failures"),
     *("-m", "not codegen", "-W", "default", "-o", "faulthandler_timeout=120"),
 ]
 XDIST = ["-p", "xdist", "--dist", "worksteal", "--max-worker-restart", "50", "-n"]
-# One shape for each kernel and epilogue: under the sanitizer a launch takes a hundred times as long.
+# One shape for each kernel and epilogue, because a launch takes about 100 times as long under the sanitizer.
 RAGGED = [
     *("tests/kernels/test_gemm.py", "tests/kernels/test_linear.py", "tests/mlp/test_batch_norm.py"),
     *("tests/mlp/test_dropout.py", "tests/mlp/test_block.py", "tests/mlp/test_cross_entropy.py"),
@@ -78,14 +77,19 @@ RAGGED = [
 
 
 def commands(section: str, out: Path) -> list[list[str]]:
-    """The command lines of a section."""
+    """The command lines of a section.
+
+    Args:
+        section: One of SECTIONS.
+        out: Folder for the results.
+    """
     cores = os.cpu_count() or 1
     if section == "gpu":
         return [[*PYTEST, *on_workers(1), *TESTS[section]]]
     if section == "correctness":
         return [[*PYTEST, *on_workers(cores - 2), *TESTS[section], f"--junitxml={out / 'correctness.xml'}"]]
     if section == "parallel":
-        # Of up to four ranks each.
+        # Each test starts up to four ranks.
         return [[*PYTEST, *on_workers(cores // 4), "tests/parallel", "-m", "gpu"]]
     if section == "sanitizer":
         check = ["compute-sanitizer", "--error-exitcode", "3", "--tool"]
@@ -95,15 +99,19 @@ def commands(section: str, out: Path) -> list[list[str]]:
 
 
 def on_workers(count: int) -> list[str]:
-    """Options to run tests on workers, of which another takes the place of one that a kernel has brought down.
+    """Options of pytest to run tests in worker processes.
 
-    None without pytest-xdist: serially, then, and all tests fail that come after such a kernel.
+    A worker that loses its CUDA context is replaced by a new one. Without pytest-xdist there are no options, tests run
+    in one process, and all tests after such a failure fail as well.
+
+    Args:
+        count: Number of workers; at least 1 is used.
     """
     return [*XDIST, str(max(1, count))] if importlib.util.find_spec("xdist") else []
 
 
 def lacking(section: str) -> list[str]:
-    """The tools and packages that a section needs and that are not installed."""
+    """The tools and packages that a section needs but that are not installed."""
     tools = ["compute-sanitizer"] if section == "sanitizer" else []
     packages = [] if section in BENCHMARKS else ["pytest", "hypothesis"]
     return [
@@ -113,20 +121,29 @@ def lacking(section: str) -> list[str]:
 
 
 def variables(section: str) -> dict[str, str]:
-    """The environment variables of a section: no kernel is interpreted, and what this process imports is found."""
+    """The environment variables of a section: kernels are not interpreted, and paths in PYTHONPATH are absolute."""
     found = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSEMLP_BACKEND")}
     if paths := found.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
-    # What is printed reaches the log at once, and pytest loads no plugin that is installed by chance.
+    # Output is written to the log immediately, and pytest loads only the plugins that its options name.
     found |= {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if section == "sanitizer":
-        # Of PyTorch's own allocator, what lies beyond a tensor is often another's memory, and no error.
+        # PyTorch's caching allocator would place tensors next to each other and so hide accesses out of bounds.
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     return found
 
 
 def run_section(section: str, out: Path, seconds: float) -> dict[str, Any]:
-    """Run a section's commands into its log, each for its share of the time; returns its entry in status.json."""
+    """Run the commands of a section and write their output to its log.
+
+    Args:
+        section: One of SECTIONS.
+        out: Existing folder for the log and the results.
+        seconds: Time limit of the section. Each command gets an equal share of the remaining time.
+
+    Returns:
+        The section's entry for status.json.
+    """
     started = time.monotonic()
     faults = []
     todo = commands(section, out)
@@ -146,13 +163,13 @@ def run_section(section: str, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _run(command: list[str], seconds: int, log: BinaryIO, env: dict[str, str]) -> int:
-    """The exit status of a command, which is stopped with all that it has started when its time is up."""
+    """Run a command with a time limit and return its exit status. All its child processes are stopped as well."""
     limit = ["timeout", "--signal=INT", f"--kill-after={LAST_WORDS_SECONDS}", str(seconds)]
     with subprocess.Popen([*limit, *command], stdout=log, stderr=subprocess.STDOUT, env=env) as running:
         try:
             return running.wait()
         except BaseException:
-            running.terminate()  # which `timeout` passes on
+            running.terminate()  # `timeout` forwards the signal
             raise
 
 
@@ -161,26 +178,35 @@ def _entry(outcome: str, seconds: float) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("sections", nargs="*", metavar="SECTION", default=SECTIONS, help=f"{', '.join(SECTIONS)} (all)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="(gpu-check)")
-    parser.add_argument("--seconds", type=float, default=SECTION_SECONDS, help=f"for each section ({SECTION_SECONDS})")
-    parser.add_argument("--dry-run", action="store_true", help="compile and launch it all for an H100, without a GPU")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="folder for logs and results (gpu-check)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECTION_SECONDS, help=f"time limit of each section ({SECTION_SECONDS})"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="compile and launch for an H100, without a GPU")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the sections that have not passed yet, or rehearse them. Returns 1 if one fails."""
+    """Run the selected sections that have not passed yet, or rehearse them. Returns 1 if one fails, else 0."""
     for section in arguments.sections:
         if section not in SECTIONS:
             raise ValueError(f"argument SECTION: {section!r}; allowed are {', '.join(SECTIONS)}")
     if arguments.dry_run:
         return rehearse(arguments.sections)
     if not torch.cuda.is_available():
-        raise ValueError("there is no NVIDIA GPU here")
+        raise ValueError("PyTorch finds no NVIDIA GPU; only --dry-run works without one")
     return check(arguments.sections, arguments.out, arguments.seconds)
 
 
 def rehearse(sections: Sequence[str]) -> int:
-    """Launch what the sections would launch on an H100. Returns 1 if a test fails, or a launch would be refused."""
+    """Make all launches of the sections on the substitute for the CUDA driver.
+
+    Returns:
+        1 if a test fails, or a kernel cannot be compiled or launched for an H100; else 0.
+    """
     cores = os.cpu_count() or 1
     tests = [path for section in sections for path in TESTS.get(section, ())]
     status = 0
@@ -192,12 +218,22 @@ def rehearse(sections: Sequence[str]) -> int:
         record_benchmarks(Path(folder), [case for section in sections for case in CASES.get(section, ())])
         noted = read(Path(folder))
     faults = [fault for fault in replay(noted, cores) if fault]
-    print(*faults, f"{len(noted)} kinds of launches, {len(faults)} of which an H100 would refuse", sep="\n")
+    print(*faults, f"{len(noted)} kinds of launches, {len(faults)} of which would fail on an H100", sep="\n")
     return int(bool(status or faults))
 
 
 def check(sections: Sequence[str], out: Path, seconds: float) -> int:
-    """Run the sections that have not passed here yet, by these versions; what they need and lack is named."""
+    """Run the sections that have not passed yet with this commit and these software versions.
+
+    Args:
+        sections: Names from SECTIONS.
+        out: Folder for logs and results; created if missing.
+        seconds: Time limit of each section.
+
+    Returns:
+        1 if a section failed or was stopped, else 0. A section that was not run because something is not installed
+        does not count as failed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     status_file = out / "status.json"
     status = json.loads(status_file.read_text()) if status_file.exists() else {}

@@ -1,4 +1,4 @@
-"""A Hopper GPU as fusemlp's launchers see it, on a machine that has none."""
+"""Make fusemlp plan launches as for a Hopper GPU, on a machine that has none."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ FACTS = {"has_tma": True, "num_sms": 132, "shared_kib": 227}
 
 @contextmanager
 def planned_for_hopper() -> Iterator[None]:
-    """Launches are planned for an H100 or H200, whatever device the tensors are on."""
+    """Plan all launches inside the `with` block for an H100 or H200, for tensors on any device."""
     with ExitStack() as patches:
         for name, value in FACTS.items():
             patches.enter_context(patch.object(launch, name, lambda _, value=value: value))
@@ -21,7 +21,11 @@ def planned_for_hopper() -> Iterator[None]:
 
 @contextmanager
 def served_as_on_hopper(take: Any = lambda *_, **__: None) -> Iterator[None]:
-    """fusemlp's kernels serve every tensor, planned for Hopper; `take` gets the launches, and nothing is executed."""
+    """Use fusemlp's kernels for all tensors, plan them for Hopper, and execute nothing, inside the `with` block.
+
+    Args:
+        take: Called in place of `launch.launch` with the same arguments.
+    """
     chosen = launch.Choice("triton", "planned, not run")
     with (
         planned_for_hopper(),

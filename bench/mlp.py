@@ -1,8 +1,8 @@
-"""Time whole nets, training step and inference, beside their competitors.
+"""Time training steps and inference of whole nets, for fusemlp and its competitors.
 
-`python -m fusemlp.bench mlp [--out DIR]` gives a row per net, pass, mode (see `timing`) and competitor, with the memory
-that forward keeps for backward, the launches of a pass and the bytes that they move. With --resume it goes on with what
-DIR lacks; --without REGEX leaves competitors out.
+`python -m fusemlp.bench mlp [--out DIR]` prints a row for each net, pass, mode (see `timing`) and competitor, with the
+memory that forward keeps for backward, the launches of a pass and the bytes that they move. --resume measures only what
+is missing in DIR. --without REGEX leaves competitors out.
 """
 
 import argparse
@@ -32,9 +32,18 @@ from .traffic import AtenTraffic
 
 
 def nets(case: NetCase, device: torch.device, without: str = "") -> dict[str, nn.Module]:
-    """The net of every competitor that applies to the case, all with equal parameters, by name.
+    """Make the nets of all competitors that support a case, with equal parameters.
 
-    without: an expression; competitors whose name it finds are left out.
+    Args:
+        case: The net.
+        device: Where to make the nets.
+        without: Regular expression; competitors whose name matches are left out. "" leaves out none.
+
+    Returns:
+        The nets by competitor.
+
+    Raises:
+        ValueError: If `without` is not a regular expression.
     """
     net = build(case, device)
     chosen = leave_out(NET_COMPETITORS, without)
@@ -43,11 +52,13 @@ def nets(case: NetCase, device: torch.device, without: str = "") -> dict[str, nn
 
 
 def build(case: NetCase, device: torch.device) -> MLP:
+    """Make fusemlp's net of a case, with the same random parameters at every call."""
     torch.manual_seed(0)
     return case.build(device)
 
 
 def makers(competing: Mapping[str, nn.Module], case: NetCase, which: str, device: torch.device) -> dict[str, Maker]:
+    """For each net, a function that makes its call on the input of a given number."""
     return {name: partial(_call, net, case, which, device) for name, net in competing.items()}
 
 
@@ -56,20 +67,28 @@ def _call(net: nn.Module, case: NetCase, which: str, device: torch.device, numbe
 
 
 def true_net(case: NetCase, device: torch.device) -> nn.Module:
-    """The net in float64, of torch.nn's modules."""
+    """Make the reference net of a case: torch.nn modules in float64."""
     net = NET_COMPETITORS["torch"](case, build(case, device).double(), device)
     assert net is not None
     return net
 
 
 def net_truth(case: NetCase, which: str, device: torch.device) -> list[Tensor]:
-    """The pass's results in float64."""
+    """Compute the results of a pass with the float64 reference net."""
     input, grad_output = net_operands(case, device)
     return net_call(true_net(case, device), (input.double(), grad_output.double()), which)()
 
 
 def saved_mib(net: nn.Module, call: Call) -> float:
-    """MiB that the call's forward keeps for backward: every storage once, parameters not counted."""
+    """Memory that the forward pass of a call keeps for backward, in MiB.
+
+    Args:
+        net: The net. Its parameters are not counted.
+        call: A training pass of the net.
+
+    Returns:
+        The total size of the storages of all saved tensors, each storage counted once.
+    """
     params = {param.untyped_storage().data_ptr() for param in net.parameters()}
     saved: dict[int, int] = {}
 
@@ -85,7 +104,16 @@ def saved_mib(net: nn.Module, call: Call) -> float:
 
 
 def launched(net: nn.Module, call: Call) -> dict[str, float]:
-    """Launches of one call and the MB that they move, each operand counted once; nothing of compiled code, unseen."""
+    """Count the launches of one call and the bytes that they move.
+
+    Args:
+        net: The net that the call runs.
+        call: The call.
+
+    Returns:
+        "launches" and "moved_mb" (megabytes, each operand of a launch counted once). Empty for a net compiled with
+        torch.compile, whose launches cannot be counted.
+    """
     if isinstance(net, OptimizedModule):
         return {}
     with AtenTraffic(), cost.ledger() as ledger:
@@ -94,13 +122,15 @@ def launched(net: nn.Module, call: Call) -> dict[str, float]:
 
 
 def kernels(call: Call, device: torch.device) -> list[tuple[str, float]]:
-    """Name and microseconds of each kernel that one call runs, copies among them, in order, as CUPTI sees them.
+    """Profile one call with CUPTI.
 
-    Empty on the CPU, and where it may not look.
+    Returns:
+        The name and the duration in microseconds of each kernel and copy, in order. Empty on the CPU, and if CUPTI is
+        not permitted to profile.
     """
     if device.type != "cuda":
         return []
-    torch.cuda.synchronize(device)  # what is still running belongs to other calls
+    torch.cuda.synchronize(device)  # finish the kernels of earlier calls
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize(device)
@@ -109,11 +139,21 @@ def kernels(call: Call, device: torch.device) -> list[tuple[str, float]]:
 
 
 def measure_net(case: NetCase, which: str, device: torch.device, arguments: argparse.Namespace) -> pd.DataFrame:
-    """A row per mode and competitor; no time where the result is wrong."""
+    """Check and time all competitors in one pass of a net.
+
+    Args:
+        case: The net.
+        which: "inference" or "training".
+        device: Where to measure.
+        arguments: Parsed options of this command.
+
+    Returns:
+        A row for each mode and competitor. Competitors with wrong results have no times.
+    """
     quick, without = arguments.quick, arguments.without
     competing = nets(case, device, without)
     calls = makers(competing, case, which, device)
-    # Dropout draws other bits for everybody: what is checked is the net without it.
+    # Competitors draw different dropout masks, so the results are checked without dropout.
     sure = replace(case, dropout=0.0)
     checked = calls if sure == case else makers(nets(sure, device, without), sure, which, device)
     checks = check(checked, net_truth(sure, which, device))
@@ -126,7 +166,7 @@ def measure_net(case: NetCase, which: str, device: torch.device, arguments: argp
 
 
 def counts(timed: Mapping[str, tuple[nn.Module, Maker]], device: torch.device) -> pd.DataFrame:
-    """A row per competitor: what forward keeps, the kernels of a pass, its launches and what they move."""
+    """Count the saved memory in MiB, kernels, launches and moved megabytes of one pass, a row for each competitor."""
     table: list[dict[str, Any]] = []
     faults: dict[str, str] = {}
     for name, (net, make) in timed.items():
@@ -144,5 +184,5 @@ def counts(timed: Mapping[str, tuple[nn.Module, Maker]], device: torch.device) -
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure every net; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
+    """Measure every selected net. Returns 1 if fusemlp or a whole case failed, else 0. See `measure_all`."""
     return measure_all(arguments, QUICK_NETS if arguments.quick else NETS, NET_PASSES, net_work, measure_net)

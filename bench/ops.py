@@ -1,7 +1,7 @@
-"""Time linear layers, what follows them, and losses, forward and backward, beside their competitors.
+"""Time linear layers, batch norm, dropout and losses, forward and backward, for fusemlp and its competitors.
 
-`python -m fusemlp.bench ops [--out DIR]` gives a row per operation, pass, mode (see `timing`) and competitor. With
---resume it goes on with what DIR lacks; --without REGEX leaves competitors out.
+`python -m fusemlp.bench ops [--out DIR]` prints a row for each operation, pass, mode (see `timing`) and competitor.
+--resume measures only what is missing in DIR. --without REGEX leaves competitors out.
 """
 
 import argparse
@@ -24,21 +24,21 @@ OpCase = LayerCase | BlockCase | LossCase
 
 
 def operands(case: OpCase, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """What the operation works on, and last the gradient of its result."""
+    """Make the operands of an operation: its inputs, which require gradients, and last the gradient of its output."""
     if isinstance(case, LayerCase):
         return layer_operands(case, device, seed)
     return block_operands(case, device, seed) if isinstance(case, BlockCase) else loss_operands(case, device, seed)
 
 
 def work(case: OpCase, which: str) -> Work:
-    """The work of one pass of LAYER_PASSES."""
+    """The flops and bytes of one pass ("forward", "backward" or "both") of an operation."""
     if isinstance(case, LayerCase):
         return layer_work(case, which)
     return block_work(case, which) if isinstance(case, BlockCase) else loss_work(case, which)
 
 
 def functions(case: OpCase, which: str, device: torch.device) -> dict[str, Function]:
-    """Every competitor that applies to the case, by name."""
+    """Make the functions of all competitors that support an operation, by name."""
     if not isinstance(case, LayerCase):
         return competing(case, which, device)
     each = {name: made(make, case, device, which != "forward") for name, make in LAYER_COMPETITORS.items()}
@@ -46,7 +46,17 @@ def functions(case: OpCase, which: str, device: torch.device) -> dict[str, Funct
 
 
 def makers(case: OpCase, which: str, device: torch.device, without: str = "") -> dict[str, Maker]:
-    """Every competitor's calls, but for those whose name the expression `without` finds."""
+    """For each competitor, a function that makes its call on the input of a given number.
+
+    Args:
+        case: The operation.
+        which: "forward", "backward" or "both".
+        device: Where to run.
+        without: Regular expression; competitors whose name matches are left out. "" leaves out none.
+
+    Raises:
+        ValueError: If `without` is not a regular expression.
+    """
     named = leave_out(functions(case, which, device), without)
     return {name: partial(_call, each, case, which, device) for name, each in named.items()}
 
@@ -56,16 +66,26 @@ def _call(function: Function, case: OpCase, which: str, device: torch.device, nu
 
 
 def truth(case: OpCase, which: str, device: torch.device) -> list[torch.Tensor]:
-    """The pass's results in float64."""
+    """Compute the results of a pass with PyTorch in float64."""
     doubles = tuple(t.detach().double().requires_grad_() for t in operands(case, device))
     return list(layer_call(functions(case, which, device)["torch"], doubles, which)())
 
 
 def measure_op(case: OpCase, which: str, device: torch.device, arguments: argparse.Namespace) -> pd.DataFrame:
-    """A row per mode and competitor; no time where the result is wrong."""
+    """Check and time all competitors in one pass of an operation.
+
+    Args:
+        case: The operation.
+        which: "forward", "backward" or "both".
+        device: Where to measure.
+        arguments: Parsed options of this command.
+
+    Returns:
+        A row for each mode and competitor. Competitors with wrong results have no times.
+    """
     quick, without = arguments.quick, arguments.without
     competitors = makers(case, which, device, without)
-    # Dropout draws other bits for everybody: what is checked is the operation without it.
+    # Competitors draw different dropout masks, so the results are checked without dropout.
     sure = replace(case, dropout=0.0) if isinstance(case, BlockCase) else case
     checked = competitors if sure == case else makers(sure, which, device, without)
     checks = check(checked, truth(sure, which, device))
@@ -77,5 +97,5 @@ def measure_op(case: OpCase, which: str, device: torch.device, arguments: argpar
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure every operation; print the table and write it. Returns 1 if a result of fusemlp is wrong."""
+    """Measure every selected operation. Returns 1 if fusemlp or a whole case failed, else 0. See `measure_all`."""
     return measure_all(arguments, QUICK_OPERATIONS if arguments.quick else OPERATIONS, LAYER_PASSES, work, measure_op)

@@ -1,9 +1,9 @@
-"""Operations beside the products that `ops` measures: what they work on, how much work they are, and who competes.
+"""The blocks and losses that `ops` measures: their operands, their work and their competitors.
 
-A competitor makes, for a case, a function of the case's operands, or None where it does not apply.
+A competitor makes a function of the case's operands.
 """
 # pyright: reportMissingImports=false
-# (competitors that are not installed are left out)
+# (optional competitors may not be installed)
 
 import importlib.util
 from collections.abc import Callable
@@ -24,7 +24,12 @@ Function = Callable[..., Tensor]
 
 
 def block_operands(case: BlockCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-    """Input, with its parameters if it is normalised, and output gradient, normal; all but the last want gradients."""
+    """Make normally distributed operands of a block.
+
+    Returns:
+        The input (rows, features) and, with batch norm, weight and bias (features,), all of which require gradients;
+        last the gradient of the output (rows, features).
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device)
     shape = case.rows, case.features
@@ -36,7 +41,11 @@ def block_operands(case: BlockCase, device: torch.device, seed: int = 0) -> tupl
 
 
 def block_work(case: BlockCase, which: str) -> Work:
-    """Normalising reads the input for its statistics first, backward input and gradient for its sums."""
+    """The minimal work of one pass of a block.
+
+    Batch norm reads the input twice in forward, the first time for its statistics. In backward it reads the input and
+    the gradient twice, the first time for sums over rows.
+    """
     size = case.rows * case.features * case.dtype.itemsize
     forward, backward = (Work(0, 3 * size), Work(0, 5 * size)) if case.batch_norm else (Work(0, 2 * size),) * 2
     return {"forward": forward, "backward": backward, "both": forward + backward}[which]
@@ -55,7 +64,12 @@ def _torch_block(case: BlockCase) -> Function:
 
 
 def loss_operands(case: LossCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-    """Logits, or input and weight, normal; then the gradient of the loss. All but the last want gradients."""
+    """Make normally distributed operands of a loss.
+
+    Returns:
+        The logits (rows, classes), or the input (rows, in_features) and weight (classes, in_features) of the linear
+        layer, which require gradients; last the gradient of the loss, 1.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device, dtype=case.dtype)
     if case.in_features is None:
@@ -67,7 +81,11 @@ def loss_operands(case: LossCase, device: torch.device, seed: int = 0) -> tuple[
 
 
 def loss_work(case: LossCase, which: str) -> Work:
-    """Backward reads the logits and writes their gradient; with a linear layer no logits need to move."""
+    """The minimal work of one pass of a loss.
+
+    Forward reads the logits; backward reads them and writes their gradient. With a linear layer only its operands and
+    their gradients are moved, because the logits need not be stored.
+    """
     M, C, K = case.rows, case.classes, case.in_features
     if K is None:
         size = M * C * case.dtype.itemsize
@@ -84,12 +102,14 @@ def _target(case: LossCase, device: torch.device) -> Tensor:
 
 
 def fusemlp_loss(case: LossCase, target: Tensor) -> Function:
+    """Make fusemlp's loss of a case, for class indices `target` (rows,)."""
     if case.in_features is None:
         return lambda logits: F.cross_entropy(logits, target)
     return lambda x, w: F.linear_cross_entropy(x, w, target)
 
 
 def torch_loss(case: LossCase, target: Tensor) -> Function:
+    """Make PyTorch's loss of a case, for class indices `target` (rows,)."""
     if case.in_features is None:
         return lambda logits: torch_F.cross_entropy(logits, target)
     return lambda x, w: torch_F.cross_entropy(torch_F.linear(x, w), target)
@@ -110,9 +130,10 @@ def _cut_loss(target: Tensor) -> Function:
 
 
 def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Function]:
-    """What else there is, if it is installed; Liger-Kernel and cut-cross-entropy run on CUDA alone.
+    """Make the optional competitors that are installed and support the case.
 
-    Who computes gradients in forward has no backward that could be timed again and again.
+    Liger-Kernel and cut-cross-entropy run only on CUDA. Competitors that compute gradients in forward are left out for
+    "backward", because their backward pass cannot be timed on its own.
     """
     found: dict[str, Function] = {}
     if target.is_cuda and case.in_features is not None:
@@ -131,7 +152,7 @@ def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Funct
 
 
 def competing(case: BlockCase | LossCase, which: str, device: torch.device) -> dict[str, Function]:
-    """Every competitor's function for the case, by name."""
+    """Make the functions of all competitors that support a block or loss, by name."""
     if isinstance(case, BlockCase):
         ours, torchs, others = _fusemlp_block(case), _torch_block(case), {}
     else:

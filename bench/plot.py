@@ -1,6 +1,6 @@
-"""Pictures of the measurements, as figures; `save` writes one."""
+"""Draw the measurements as figures. `save` writes a figure to a file."""
 # pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (to a type checker every selection of a pandas table is a Series, too)
+# (the type checker infers that every selection from a pandas table may be a Series)
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from ..mlp.checkpoint import atomic_write
+from ..mlp.training.checkpoint import atomic_write
 
 COLOURS = color_sequences["tab10"]
 MARKERS = {"forward": "o", "backward": "s", "both": "D", "inference": "^", "training": "v"}
@@ -26,7 +26,12 @@ def save(figure: Figure, out: Path, name: str) -> None:
 
 
 def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """Arithmetic intensity against rate: the roofs of every type and a point for each case and pass."""
+    """Draw rates against arithmetic intensity: a roofline for each dtype, and a point for each case and pass.
+
+    Args:
+        ceilings: Table of `roofline.ceilings_table`.
+        points: Table of `roofline.points_table`.
+    """
     figure = Figure(figsize=(11, 6.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     intensities = [*points["intensity"], *ceilings["ridge"]]
@@ -39,7 +44,7 @@ def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
     cases = list(dict.fromkeys(points["case"]))
     colours = {case: COLOURS[i % len(COLOURS)] for i, case in enumerate(cases)}
     for point in points.to_dict("records"):
-        # A second round of colours is told apart by being hollow.
+        # Hollow markers distinguish cases when the colours repeat.
         colour, hollow = colours[point["case"]], cases.index(point["case"]) >= len(COLOURS)
         axes.plot(
             point["intensity"],
@@ -50,7 +55,7 @@ def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
             markersize=8,
         )
     axes.set(
-        title="Roofline: what fusemlp reaches of what this machine can do",
+        title="Roofline: rates of fusemlp and ceilings of the device",
         xlabel="arithmetic intensity, FLOP per byte that must move",
         ylabel="GFLOP/s",
         xscale="log",
@@ -80,7 +85,12 @@ def roofline(ceilings: pd.DataFrame, points: pd.DataFrame) -> Figure:
 
 
 def speedups(table: pd.DataFrame, command: str) -> Figure:
-    """How many times as fast as each competitor fusemlp is: a panel per mode, a group of bars per case and pass."""
+    """Draw fusemlp's speed-up over each competitor: a panel for each mode, a group of bars for each case and pass.
+
+    Args:
+        table: Result of the `ops` or `mlp` command.
+        command: Name of the command, for the title.
+    """
     table = table[table["competitor"] != "fusemlp"].dropna(subset=["fusemlp_speedup"])
     modes = list(dict.fromkeys(table["mode"]))
     labels = table["case"] + ", " + table["pass"]
@@ -117,7 +127,11 @@ def speedups(table: pd.DataFrame, command: str) -> Figure:
 
 
 def regimes(sweep: pd.DataFrame) -> Figure:
-    """A column per layer, all against the batch: throughput, arithmetic intensity, and where the time goes."""
+    """Draw throughput, arithmetic intensity and times against the batch size, a column of panels for each layer.
+
+    Args:
+        sweep: Table of `regimes.sweep_table`.
+    """
     layers = sweep["layer"].unique()
     figure = Figure(figsize=(6.5 * len(layers), 11), dpi=150, layout="constrained")
     figure.suptitle("One linear layer with ReLU: from memory-bound to compute-bound as the batch grows", fontsize=14)
@@ -178,7 +192,11 @@ def _parts(axes: Axes, sweep: pd.DataFrame) -> None:
 
 
 def scaling(table: pd.DataFrame) -> Figure:
-    """Efficiency of tensor parallelism against the number of ranks, a line per net, as modelled."""
+    """Draw the modelled efficiency of tensor parallelism against the number of ranks, with a line for each net.
+
+    Args:
+        table: Table of `scaling.scaling_table`.
+    """
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="black", linewidth=1, label="ideal")
@@ -187,7 +205,7 @@ def scaling(table: pd.DataFrame) -> Figure:
     axes.plot(even, 1 / even, color="grey", linestyle=":", label="as long as on one rank")
     for number, (net, of_net) in enumerate(table.groupby("net", sort=False)):
         colour = COLOURS[number % len(COLOURS)]
-        # A second round of colours is told apart by being hollow and dashed.
+        # Hollow markers and dashed lines distinguish nets when the colours repeat.
         again = number >= len(COLOURS)
         axes.plot(
             of_net["ranks"],

@@ -1,6 +1,6 @@
-"""Competitors on one case: first whether each is right, then how fast those are that are right."""
+"""Check the results of all competitors on a case, and time those whose results are correct."""
 # pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (to a type checker every selection of a pandas table is a Series, too)
+# (the type checker infers that every selection from a pandas table may be a Series)
 
 import argparse
 import json
@@ -45,19 +45,24 @@ from .timing import (
     side_stream,
 )
 
-Maker = Callable[[int], Call]  # the call on the input of this number
+Maker = Callable[[int], Call]  # makes the call on the input of a given number
 Measure = Callable[[Case, str, torch.device, argparse.Namespace], pd.DataFrame]
 Row = dict[str, Any]
 T = TypeVar("T")
 
 COMPARED_WITH = ("fusemlp", "torch")
-EVERYBODY = "everybody"  # whose result is missing where a case failed as a whole
+EVERYBODY = "everybody"  # the competitor in the row of a case that failed as a whole
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class Check:
-    """The largest error of a competitor's results against float64, and what is wrong with them, if anything."""
+    """The check of a competitor's results against float64.
+
+    Attributes:
+        max_error: Largest absolute error; nan if there are no results.
+        fault: Why the competitor must not be timed; "" if it may be.
+    """
 
     max_error: float
     fault: str = ""
@@ -65,7 +70,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """A competitor's time in one of `timing.modes`, None if a fault kept it from being timed."""
+    """The measurement of a competitor in one mode.
+
+    Attributes:
+        competitor: Name of the competitor.
+        mode: One of `timing.modes`.
+        timing: The time; None if a fault prevented it.
+        check: Check of the results, with the fault if there is one.
+        peak_mib: Peak memory of a call in MiB.
+        clock: Clock rate and power of the GPU during the measurement of all competitors.
+    """
 
     competitor: str
     mode: str
@@ -77,27 +91,43 @@ class Result:
 
 @contextmanager
 def noting(faults: dict[str, str], name: str) -> Iterator[None]:
-    """Write down what goes wrong inside as the fault of this competitor: the others are still worth timing.
+    """Catch exceptions inside the `with` block and record them as the fault of one competitor.
 
-    Raises RuntimeError where it has cost the device, on which nothing more can run.
+    The other competitors can thus still be measured.
+
+    Args:
+        faults: Faults by competitor; an exception adds one.
+        name: Name of the competitor.
+
+    Raises:
+        RuntimeError: If the exception left the CUDA device unusable.
     """
     try:
         yield
     except Exception as error:  # a competitor may lack its compiler, or memory
         faults[name] = failure(error)
         if device_is_lost():
-            raise RuntimeError(f"{name} has lost the device: {faults[name]}") from error
+            raise RuntimeError(f"{name} left the CUDA device unusable: {faults[name]}") from error
 
 
 def failure(error: Exception) -> str:
+    """Describe an exception in one line, as a fault."""
     return f"failed: {type(error).__name__}: {first_line(str(error))}"
 
 
 def check(makers: Mapping[str, Maker], truth: Sequence[Tensor]) -> dict[str, Check]:
-    """Compare every competitor with the float64 `truth`.
+    """Compare the results of every competitor with float64 results.
 
-    An error of fusemlp's is right up to twice torch's, plus 1e-6, plus eps times the largest true value. Others, and
-    fusemlp where torch has failed, may round as they like, as long as half of a tensor's digits are right.
+    fusemlp's error may be at most twice torch's error plus 1e-6 plus eps times the largest true value, where eps is the
+    rounding unit of the result's dtype. For other competitors, and for fusemlp if torch failed, the last term is
+    sqrt(eps) times the largest true value.
+
+    Args:
+        makers: The competitors. CEILING is not checked.
+        truth: Results of the case in float64.
+
+    Returns:
+        The check of each competitor, by name.
     """
     sizes = [true.abs().max().item() for true in truth]
     errors: dict[str, list[float]] = {}
@@ -114,7 +144,7 @@ def check(makers: Mapping[str, Maker], truth: Sequence[Tensor]) -> dict[str, Che
         strict = name == "fusemlp" and "torch" in errors
         for error, eps, size, torchs_error in zip(of_name, epsilons[name], sizes, torchs, strict=True):
             allowed = 2 * torchs_error + 1e-6 + (eps if strict else eps**0.5) * size
-            if not error <= allowed:  # which also finds nan
+            if not error <= allowed:  # true for nan as well
                 faults.setdefault(name, f"wrong: error {error:.2g}, allowed {allowed:.2g}")
     return {name: Check(max(errors.get(name, [math.nan])), faults.get(name, "")) for name in makers}
 
@@ -127,7 +157,18 @@ def _errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
 def race(
     makers: Mapping[str, Maker], checks: Mapping[str, Check], case_bytes: int, device: torch.device, seconds: float
 ) -> list[Result]:
-    """Time, in every mode of the device, the competitors in which `checks` found no fault; `seconds` for each."""
+    """Time the competitors without a fault, in every mode of the device.
+
+    Args:
+        makers: The competitors.
+        checks: Result of `check` for each competitor.
+        case_bytes: Bytes that one call moves.
+        device: Where to measure.
+        seconds: Duration of the measurement of each competitor in each mode.
+
+    Returns:
+        A result for each mode and competitor, those with a fault included.
+    """
     faults = {name: each.fault for name, each in checks.items() if each.fault}
     calls: dict[str, Call] = {}
     peaks: dict[str, float] = {}
@@ -161,7 +202,7 @@ def race(
 
 
 def _call_without_waiting(call: Call) -> None:
-    """Raise RuntimeError if the call waits for the device: PyTorch cannot recover from capturing such a one."""
+    """Run a call; raise RuntimeError if it waits for the device. Capturing such a call would leave PyTorch unusable."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -176,7 +217,7 @@ def _time(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Timing]:
-    """The times of all in turn or, if they cannot be timed together, of each that can be alone."""
+    """Time all competitors in turn. If that raises an exception, time each one alone and record who fails."""
     try:
         return measure(timed, device, seconds)
     except Exception:
@@ -188,9 +229,13 @@ def _time(
 
 
 def rows(results: Sequence[Result], work: Work, ceilings: Ceilings, host_us: float | None) -> pd.DataFrame:
-    """A row per result: times, rates, regime, and how many times as fast as this competitor fusemlp is.
+    """Make a table with a row for each result: times, rates, regime, and fusemlp's speed-up over the competitor.
 
-    host_us: microseconds of host time per call, where the timing cannot tell.
+    Args:
+        results: Results of `race`.
+        work: Work of the pass.
+        ceilings: Ceilings of the device for the dtype of the case.
+        host_us: Host time per call in microseconds, to use in place of the measured one; None to use that.
     """
     fusemlp = {result.mode: result.timing for result in results if result.competitor == "fusemlp"}
     table = []
@@ -206,6 +251,7 @@ def rows(results: Sequence[Result], work: Work, ceilings: Ceilings, host_us: flo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the commands `ops` and `mlp`."""
     add_common_arguments(parser)
     parser.add_argument(
         "--dtype", nargs="+", default=[], choices=DTYPES, help=f"{', '.join(DTYPES)} (bfloat16; on a CPU float32)"
@@ -214,9 +260,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without",
         default="",
         metavar="REGEX",
-        help="leave out competitors whose name it finds, such as max-autotune, which takes minutes for each case",
+        help="leave out competitors whose name matches, such as max-autotune, which takes minutes for each case",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the cases that DIR has, and measure the others")
+    parser.add_argument("--resume", action="store_true", help="measure only cases that the tables in DIR lack")
 
 
 def measure_all(
@@ -226,9 +272,20 @@ def measure_all(
     work: Callable[[Case, str], Work],
     measure_one: Measure[Case],
 ) -> int:
-    """Measure every chosen case in every pass, the last of which takes longest; print the table and write it.
+    """Measure every selected case in every pass, print the table and, with --out, write it.
 
-    Returns 1 if a result of fusemlp is wrong, or a case failed.
+    Args:
+        arguments: Parsed options.
+        cases: The cases to select from.
+        passes: Names of the passes. The last one must take longest.
+        work: work(case, pass) is the work of a pass.
+        measure_one: Measures all competitors in one pass of a case.
+
+    Returns:
+        1 if fusemlp or a whole case failed, else 0.
+
+    Raises:
+        ValueError: If an option is invalid.
     """
     device = default_device()
     dtypes = [getattr(torch, name) for name in arguments.dtype] or [native_dtype(device)]
@@ -236,7 +293,10 @@ def measure_all(
     check_any(arguments.filter, chosen)
     if len(leave_out(dict.fromkeys(COMPARED_WITH), arguments.without)) < len(COMPARED_WITH):
         who = " or ".join(COMPARED_WITH)
-        raise ValueError(f"argument --without: {arguments.without!r} finds {who}, with which all are compared")
+        raise ValueError(
+            f"argument --without: {arguments.without!r} matches {who}, which cannot be left out, because all "
+            "competitors are compared with them"
+        )
     kept = stored_rows(arguments) if arguments.resume else []
     warn_if_busy(device)
     chosen = within_patience(chosen, work, passes[-1], arguments.quick)
@@ -247,15 +307,21 @@ def measure_all(
 
 
 def stored_rows(arguments: argparse.Namespace) -> list[Row]:
-    """What an earlier run has written. Raises ValueError if it was another machine, or had other versions."""
+    """Read the rows that an earlier run wrote into --out.
+
+    Raises:
+        ValueError: If --out is missing, or the earlier run had another device or other software versions.
+    """
     if arguments.out is None:
-        raise ValueError("argument --resume: goes with --out DIR")
+        raise ValueError("argument --resume: needs --out DIR")
     table, machine = arguments.out / f"{arguments.command}.csv", arguments.out / "environment.json"
     if not (table.exists() and machine.exists()):
         return []
     then, here = json.loads(machine.read_text()), environment()
-    if differing := [f"{name} {then.get(name)}, here {here[name]}" for name in here if then.get(name) != here[name]]:
-        raise ValueError(f"argument --resume: {arguments.out} was measured with {'; '.join(differing)}")
+    if differing := [f"{name} {then.get(name)}, now {here[name]}" for name in here if then.get(name) != here[name]]:
+        raise ValueError(
+            f"argument --resume: {arguments.out} was measured in another environment: {'; '.join(differing)}"
+        )
     return pd.read_csv(table, engine="python", dtype={"fault": object}).fillna({"fault": ""}).to_dict("records")
 
 
@@ -267,9 +333,23 @@ def measure_cases(
     device: torch.device,
     kept: Sequence[Row] = (),
 ) -> pd.DataFrame:
-    """The rows of every case and pass that is not among the kept ones, after these; written after every pass.
+    """Measure every case and pass that has not been measured yet. With --out, write the table after each one.
 
-    What fails as a whole has a row that says so. Raises what it failed with if that has cost the device.
+    If a case fails as a whole, a row with the competitor EVERYBODY contains the fault.
+
+    Args:
+        cases: The cases.
+        passes: Names of the passes.
+        measure_one: Measures all competitors in one pass of a case.
+        arguments: Parsed options.
+        device: Where to measure.
+        kept: Rows of an earlier run.
+
+    Returns:
+        The kept rows, followed by the new ones.
+
+    Raises:
+        Exception: The exception of a case, if it left the CUDA device unusable.
     """
     rows = list(kept)
     known = {(row["case"], row["dtype"], row["pass"]) for row in kept}
@@ -278,7 +358,7 @@ def measure_cases(
         what = case.name, dtype_name(case.dtype), which
         if what in known:
             continue
-        # Else the compiler remembers what came before, takes sizes for variable and, in the end, gives up.
+        # Without a reset torch.compile would recompile with dynamic shapes and finally reach its recompilation limit.
         torch.compiler.reset()
         lost = None
         try:
@@ -289,7 +369,7 @@ def measure_cases(
             lost = error if device_is_lost() else None
         rows += [{"case": what[0], "dtype": what[1], "pass": what[2], **row} for row in measured]
         if arguments.out is not None:
-            # A run that is cut short leaves what it measured.
+            # Write after each pass, so that an interrupted run keeps its results.
             write_table(pd.DataFrame(rows), arguments.out, arguments.command)
         print(f"measured: {', '.join(what)}", flush=True)
         if lost is not None:
@@ -298,7 +378,7 @@ def measure_cases(
 
 
 def finish(table: pd.DataFrame, title: str) -> int:
-    """Print the table and the faults. Returns 1 if one of them is fusemlp's, or a whole case's."""
+    """Print the table and all faults. Returns 1 if fusemlp or a whole case has a fault, else 0."""
     shown = ["case", "dtype", "pass", "mode", "competitor", "median_ms", "tflops", "gb_s", "roofline_percent", "regime"]
     shown += ["fusemlp_speedup", "max_error"]
     print_table(table.reindex(columns=shown), title)

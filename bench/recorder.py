@@ -1,4 +1,7 @@
-"""Notes launches without their data, each kind that Triton compiles apart once, to be made again elsewhere."""
+"""Record kernel launches without their data, so that another process can repeat them.
+
+Launches for which Triton compiles the same kernel are recorded once.
+"""
 
 import io
 import os
@@ -20,7 +23,14 @@ from ..kernels import launch
 
 @dataclass(frozen=True)
 class NotedLaunch:
-    """A launch, `args` and `meta` as `launch.launch` takes them; a tensor is a few bytes of its type and alignment."""
+    """A recorded launch.
+
+    Attributes:
+        kernel: The Triton kernel.
+        programs: Number of programs.
+        args: Arguments of `launch.launch`. Pickling replaces tensors by small ones of the same dtype and alignment.
+        meta: Keyword arguments of `launch.launch`.
+    """
 
     kernel: Any
     programs: int
@@ -37,7 +47,7 @@ def _device_function(module: str, name: str) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Device functions go by name: one process interprets them, another compiles them."""
+    """Pickles device functions by name, because the recording process interprets them and the other compiles them."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
@@ -48,13 +58,18 @@ class _Pickler(pickle.Pickler):
 
 
 def dump(noted: NotedLaunch) -> bytes:
+    """Pickle a launch, with small tensors in place of its tensors."""
     file = io.BytesIO()
     _Pickler(file).dump(noted)
     return file.getvalue()
 
 
 class Recorder:
-    """Stands in for `launch.launch`: notes each launch and passes it on to `then`, if there is one."""
+    """A replacement for `launch.launch` that records each launch.
+
+    Args:
+        then: Called with the same arguments after recording; None to execute nothing.
+    """
 
     def __init__(self, then: Any = None) -> None:
         self.then = then
@@ -68,11 +83,12 @@ class Recorder:
             self.then(kernel, programs, device, *args, **meta)
 
     def write(self, folder: Path) -> None:
+        """Write the recorded launches into the folder, in a file named after this process."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"launches-{os.getpid()}.pickle").write_bytes(pickle.dumps(list(self.noted.values())))
 
 
 def read(folder: Path) -> list[bytes]:
-    """Every launch that any process noted there, once, still pickled."""
+    """Read the launches that all processes wrote into the folder. Returns them pickled, without duplicates."""
     files: Iterable[Path] = sorted(folder.glob("launches-*.pickle"))
     return sorted({noted for file in files for noted in pickle.loads(file.read_bytes())})

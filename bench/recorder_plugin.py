@@ -1,8 +1,8 @@
-"""Notes what tests launch in Triton's interpreter, planned as for an H100: a plugin for pytest.
+"""A pytest plugin that records the launches of tests in Triton's interpreter, planned as for an H100.
 
 `python -m pytest -p fusemlp.bench.recorder_plugin --record-launches DIR` writes one file into DIR for each process.
-Tests that need a GPU run on tensors without storage, up to the first thing that those cannot do; what they launch is
-noted, and nothing said of them.
+Tests that need a GPU run on tensors without storage, up to the first operation that such tensors do not support. Their
+launches are recorded; the tests count as passed.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from .recorder import Recorder
 
 
 class _MetaForCuda(TorchFunctionMode):
-    """Makes tensors without storage where CUDA's were asked for."""
+    """Makes meta tensors in place of CUDA tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -31,7 +31,7 @@ class _MetaForCuda(TorchFunctionMode):
 
 
 class _Recording:
-    """Notes the launches of a test run."""
+    """Records the launches of a test run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class _Recording:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-launches", type=Path, metavar="DIR", help="note every launch, planned for an H100")
+    parser.addoption("--record-launches", type=Path, metavar="DIR", help="record every launch, planned for an H100")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,12 @@
-"""From memory-bound to compute-bound as the batch grows, and what the textbook says of it, put to the test.
+"""Measure how a layer goes from memory-bound to compute-bound as the batch grows, and test textbook claims about it.
 
-`python -m fusemlp.bench regimes` sweeps the batch of two layers, 500 -> 1000 and 4096 -> 4096, from 1 to 65,536 as far
-as this machine gets in reasonable time; prints intensities and throughputs beside the measured ridge; and marks each
-claim as confirmed, refuted or not measurable here. With --out it writes both tables and a picture.
+`python -m fusemlp.bench regimes` measures two layers, 500 -> 1000 and 4096 -> 4096, at batch sizes from 1 to 65,536.
+Batch sizes that would take too long on this device are left out. The command prints arithmetic intensities,
+throughputs and the measured ridge, and marks each claim as confirmed, refuted or not measurable here. With --out it
+writes both tables and a picture.
 """
 # pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (to a type checker every selection of a pandas table is a Series, too)
+# (the type checker infers that every selection from a pandas table may be a Series)
 
 import argparse
 import math
@@ -36,7 +37,7 @@ from .timing import Call, default_device, measure_on_device, side_stream
 LECTURE, SQUARE = LayerCase("500 -> 1000", 1, 500, 1000), LayerCase("4096 -> 4096", 1, 4096, 4096)
 BATCHES = tuple(2**i for i in range(17))
 QUICK_BATCHES = (1, 4, 16, 64, 256)
-SATURATED = 0.9  # of the best throughput
+SATURATED = 0.9  # fraction of the best throughput from which a batch counts as saturating
 
 NET = NetCase("plain", 8192, 256, (1024, 1024), 10)
 CPU_ROWS, QUICK_ROWS = 512, 64
@@ -48,7 +49,14 @@ PRINTED += ["gemm_ms", "activation_ms"]
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, whether this machine bears it out, and the number that says so."""
+    """A textbook claim and the result of its test.
+
+    Attributes:
+        number: Number of the claim, such as "2a".
+        claim: The claim.
+        verdict: "confirmed", "refuted" or NOT_HERE.
+        measured: The numbers that the verdict is based on.
+    """
 
     number: str
     claim: str
@@ -57,14 +65,22 @@ class Claim:
 
 
 def simple_intensity(in_features: int, out_features: int, batch: int) -> float:
-    """Multiply-accumulates per number moved, N M B / (N M + M B): the output is not counted."""
+    """Multiply-accumulates per number moved, N M B / (N M + M B). The formula does not count the output.
+
+    N is out_features, M is in_features and B is the batch.
+    """
     return in_features * out_features * batch / (in_features * out_features + in_features * batch)
 
 
 def ridge_batch(case: LayerCase, ridge: float) -> float:
-    """The batch at which the forward pass reaches a ridge in FLOP per byte, and becomes compute-bound.
+    """The batch from which the forward pass of a layer is compute-bound.
 
-    Infinite if the layer is too narrow ever to be.
+    Args:
+        case: The layer. Its rows are ignored.
+        ridge: Ridge of the device in FLOP per byte.
+
+    Returns:
+        The batch, not rounded. Infinite if the layer is too narrow to become compute-bound.
     """
     K, N = case.in_features, case.out_features
     # 2 N K B = ridge * itemsize * (N K + N + B (K + N)), solved for B.
@@ -74,13 +90,28 @@ def ridge_batch(case: LayerCase, ridge: float) -> float:
 
 
 def saturating_batch(sweep: pd.DataFrame, throughput: str) -> int:
-    """The smallest batch that reaches 90% of the best throughput of the sweep."""
+    """The smallest batch that reaches 90% (SATURATED) of the best throughput of the sweep.
+
+    Args:
+        sweep: Rows of one layer, with the column "batch".
+        throughput: Name of the column with the throughput.
+    """
     enough = sweep[throughput] >= SATURATED * sweep[throughput].max()
     return int(sweep.loc[enough, "batch"].min())
 
 
 def measure_batch(case: LayerCase, ceilings: Ceilings, device: torch.device, quick: bool) -> dict[str, float | str]:
-    """One batch of one layer: intensities, times in ms and rates, forward, training, and forward's two halves alone."""
+    """Measure a layer at one batch: forward, forward and backward, the matrix product alone and the activation alone.
+
+    Args:
+        case: The layer, with the batch as rows.
+        ceilings: Ceilings of the device for the dtype of the layer.
+        device: Where to measure.
+        quick: Measure for a shorter time.
+
+    Returns:
+        A row of the sweep: intensities, times in milliseconds and rates in TFLOP/s.
+    """
 
     def calls_on(number: int) -> dict[str, Call]:
         x, weight, *_ = (t.detach() for t in layer_operands(case, device, seed=number))
@@ -118,7 +149,7 @@ def measure_batch(case: LayerCase, ceilings: Ceilings, device: torch.device, qui
 
 
 def sweep_table(layers: list[LayerCase], device: torch.device, quick: bool) -> pd.DataFrame:
-    """A row per layer and batch, without the batches that would take this machine too long."""
+    """Measure all layers at all batches, except those that would take too long. A row for each layer and batch."""
     batches = QUICK_BATCHES if quick else BATCHES
     cases = [replace(layer, rows=batch) for layer in layers for batch in batches]
     cases = within_patience(cases, layer_work, "both", quick)
@@ -134,7 +165,11 @@ def sweep_table(layers: list[LayerCase], device: torch.device, quick: bool) -> p
 
 
 def net_times(case: NetCase, which: str, device: torch.device, quick: bool) -> dict[str, float]:
-    """Milliseconds of a pass of the net in PyTorch eager, and of its matrix products alone."""
+    """Time a pass of a net in PyTorch eager, and its matrix products alone.
+
+    Returns:
+        The median times in milliseconds, as "torch" and CEILING.
+    """
     nets = {name: NET_COMPETITORS[name](case, case.build(device), device) for name in ("torch", CEILING)}
 
     def calls_on(number: int) -> dict[str, Call]:
@@ -146,11 +181,18 @@ def net_times(case: NetCase, which: str, device: torch.device, quick: bool) -> d
 
 
 def verdict(holds: bool) -> str:
+    """The verdict on a claim that could be tested."""
     return "confirmed" if holds else "refuted"
 
 
 def claims_table(sweep: pd.DataFrame, device: torch.device, quick: bool) -> pd.DataFrame:
-    """A row per claim."""
+    """Test all claims. A row for each claim.
+
+    Args:
+        sweep: Table of `sweep_table`.
+        device: Where to measure.
+        quick: Use smaller nets and measure for a shorter time.
+    """
     judges: tuple[Callable[..., list[Claim]], ...] = (_counting, _saturation, _shares, _hardware, _large_batches)
     with side_stream(device):
         claims = [claim for judge in judges for claim in judge(sweep, device, quick)]
@@ -212,7 +254,7 @@ def _saturation(sweep: pd.DataFrame, device: torch.device, quick: bool) -> list[
         Claim(
             "5",
             "Inference is more compute-bound than training at equal batch",
-            verdict(ratios.quantile(0.2) > 1),  # at four batches out of five
+            verdict(ratios.quantile(0.2) > 1),  # must hold for at least 80% of the rows
             f"FLOP/s of forward over those of forward and backward: {ratios.median():.2f} (median of the sweep); "
             f"{largest['flop_per_byte']:.1f} and {largest['flop_per_byte_training']:.1f} FLOP per byte that must move, "
             f"at batch {largest['batch']:,}",
@@ -230,7 +272,7 @@ def _shares(sweep: pd.DataFrame, device: torch.device, quick: bool) -> list[Clai
             shares[case, which] = times[CEILING] / times["torch"]
     training, inference = shares[plain, "training"], shares[plain, "inference"]
     name = "-".join(map(str, plain.widths()))
-    # A part that takes longer than the whole says only that other programs were running.
+    # If the matrix products alone take longer than the whole pass, other programs disturbed the measurement.
     steady = max(shares.values()) <= 1.05
     return [
         Claim(
@@ -282,11 +324,12 @@ def _largest_layer(sweep: pd.DataFrame) -> tuple[str, pd.DataFrame]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Sweep the batch, judge the claims, print both. Returns 0: a refuted claim is a result."""
+    """Measure the batch sweep, test the claims, print both and, with --out, write them. Returns 0, always."""
     device, quick = default_device(), arguments.quick
     square = replace(SQUARE, name="1024 -> 1024", in_features=1024, out_features=1024) if quick else SQUARE
     layers = in_dtypes(select([LECTURE, square], arguments.filter), [native_dtype(device)])

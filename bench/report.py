@@ -1,8 +1,8 @@
-"""Write stored results into the README, so that no number is typed by hand, and draw their pictures anew.
+"""Write stored results into the README and the pages of docs/, so that no number is typed by hand; draw their pictures.
 
 `python -m fusemlp.bench report` replaces what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` by the table
 of that name, made from the CSVs under bench/results, and draws beside each CSV the picture that belongs to it. With
---check it only exits with 1 if the README would change.
+--check it only exits with 1 if a page would change.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..mlp.checkpoint import atomic_write
+from ..mlp.training.checkpoint import atomic_write
 from . import plot
 from .competitors import CEILING
 
@@ -98,39 +98,53 @@ def codegen(results: Path) -> str:
     return markdown(pd.DataFrame(rows))
 
 
+NO_GPU = "No GPU has been measured yet.\n"
+
+
 def environment(table: Path) -> dict[str, Any]:
     """Where the table was measured."""
     return json.loads((table.parent / "environment.json").read_text())
 
 
-def speed(results: Path) -> str:
-    """Nets on every GPU that was measured, training and inference, launching not counted; the means in both modes."""
-    parts = []
+def measured_on_gpus(results: Path) -> list[tuple[str, pd.DataFrame]]:
+    """What each GPU is, with its versions, and the table of its nets."""
+    found = []
     for path in sorted(results.rglob("mlp.csv")):
         machine = environment(path)
-        if machine["cuda"] is None:
-            continue
-        rows = pd.read_csv(path)
+        if machine["cuda"] is not None:
+            name = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}"
+            found.append((name, pd.read_csv(path)))
+    return found
+
+
+def speed(results: Path) -> str:
+    """Nets on every GPU that was measured, training and inference, launching not counted."""
+    parts = []
+    for name, rows in measured_on_gpus(results):
         of_graphs = rows[rows["mode"] == "CUDA graph"]
         table = of_graphs.pivot(index=["case", "pass"], columns="competitor", values="median_ms")
         columns = {"fusemlp, ms": table["fusemlp"].map("{:.4g}".format)}
-        for name in table.columns.drop(["fusemlp", CEILING]):
-            columns[name] = (table[name] / table["fusemlp"]).map("{:.2f}x".format)
-        versions = f"torch {machine['torch']}, Triton {machine['triton']}"
+        for other in table.columns.drop(["fusemlp", CEILING]):
+            columns[other] = (table[other] / table["fusemlp"]).map("{:.2f}x".format)
         parts.append(
-            f"{machine['device']}, {versions}, CUDA graphs; the others in multiples of fusemlp's time.\n\n"
-            f"{markdown(pd.DataFrame(columns).reset_index())}\n"
-            f"Geometric means over the nets:\n\n{_means(rows)}"
+            f"{name}, CUDA graphs; the others in multiples of fusemlp's time.\n\n"
+            f"{markdown(pd.DataFrame(columns).reset_index())}"
         )
-    return "\n".join(parts) or "No GPU has been measured yet.\n"
+    return "\n".join(parts) or NO_GPU
 
 
-def _means(rows: pd.DataFrame) -> str:
-    """The geometric means, over the nets, of how many times as fast as each competitor fusemlp is."""
-    others = rows.query("competitor not in ('fusemlp', @CEILING)")
-    logs = others.assign(log=others["fusemlp_speedup"].map(math.log))
-    means = logs.pivot_table("log", ["pass", "mode"], "competitor").map(lambda log: f"{math.exp(log):.2f}x")
-    return markdown(means.rename(columns="against {}".format).reset_index())
+def means(results: Path) -> str:
+    """For every GPU that was measured, the geometric means over its nets of how much faster fusemlp is."""
+    parts = []
+    for name, rows in measured_on_gpus(results):
+        others = rows.query("competitor not in ('fusemlp', @CEILING)")
+        logs = others.assign(log=others["fusemlp_speedup"].map(math.log))
+        table = logs.pivot_table("log", ["pass", "mode"], "competitor").map(lambda log: f"{math.exp(log):.2f}x")
+        parts.append(
+            f"{name}, geometric means over the nets: times as fast as the others.\n\n"
+            f"{markdown(table.rename(columns='against {}'.format).reset_index())}"
+        )
+    return "\n".join(parts) or NO_GPU
 
 
 def claims(results: Path) -> str:
@@ -156,6 +170,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "scaling": scaling,
     "codegen": codegen,
     "speed": speed,
+    "means": means,
     "claims": claims,
 }
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
@@ -174,23 +189,29 @@ def render(text: str, results: Path) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README would change")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(README.md)")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
+    parser.add_argument(
+        "--pages", type=Path, nargs="+", metavar="FILE", help="what to bring up to date (README.md and docs/*.md)"
+    )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR", help="(bench/results)")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Bring the README and the pictures up to date. Returns 1 if the README is not, with --check."""
-    if not arguments.readme.is_file():
-        raise ValueError(f"argument --readme: {arguments.readme}: no such file")
-    before = arguments.readme.read_text(encoding="utf-8")
-    after = render(before, arguments.results)
+    """Bring the pages and the pictures up to date. Returns 1 if a page is not, with --check."""
+    pages = arguments.pages or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+    for page in pages:
+        if not page.is_file():
+            raise ValueError(f"argument --pages: {page}: no such file")
+    before = {page: page.read_text(encoding="utf-8") for page in pages}
+    after = {page: render(text, arguments.results) for page, text in before.items()}
+    stale = [page for page in pages if after[page] != before[page]]
     if arguments.check:
-        if after != before:
-            print(f"{arguments.readme}: not what the results say; bring it up to date with `fusemlp-bench report`")
-        return int(after != before)
-    with atomic_write(arguments.readme) as file:
-        file.write(after.encode())
+        for page in stale:
+            print(f"{page}: not what the results say; bring it up to date with `fusemlp-bench report`")
+        return int(bool(stale))
+    for page in stale:
+        with atomic_write(page) as file:
+            file.write(after[page].encode())
     for name, draw in PICTURES.items():
         for path in arguments.results.rglob(f"{name}.csv"):
             plot.save(draw(path.parent), path.parent, name)

@@ -1,4 +1,4 @@
-"""Where results go: tables as CSV and JSON, and the machine they were measured on."""
+"""Write results: tables as CSV and JSON, and a description of the machine and software versions."""
 
 import functools
 import json
@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from ..kernels.launch import HAS_TRITON
-from ..mlp.checkpoint import atomic_write
+from ..mlp.training.checkpoint import atomic_write
 
 
 def write_table(table: pd.DataFrame, out: Path, name: str) -> None:
-    """Write `out`/name.csv and name.json, and beside them environment.json, each atomically."""
+    """Write a table to `out`/`name`.csv and .json, and the environment to `out`/environment.json, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix, text in (
         ("csv", table.to_csv(index=False)),
@@ -31,7 +31,7 @@ def write_table(table: pd.DataFrame, out: Path, name: str) -> None:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """The device, and the versions that a measurement depends on: None for what is not there."""
+    """The name of the device, and the versions that a measurement depends on. Unknown versions are None."""
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()}-core {platform.machine()} CPU",
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 
 def _says(*command: str) -> str | None:
-    """What the command prints; None if it is not installed or fails."""
+    """The output of a command, or None if it is not installed or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

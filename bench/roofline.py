@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured, and how near to it each layer and net comes.
+"""Measure the ceilings of the device, and how close fusemlp's layers and nets come to them.
 
-`python -m fusemlp.bench roofline` prints the ceilings (copy bandwidth, matrix products of each type), the ridge between
-memory- and compute-bound, and the regime of every case; with --out it draws them on one picture.
+`python -m fusemlp.bench roofline` prints the ceilings (copy bandwidth, and rate of matrix products for each dtype), the
+ridge between memory-bound and compute-bound, and the regime of every case. With --out it draws a roofline plot.
 """
 
 import argparse
@@ -44,13 +44,18 @@ DTYPES = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
 }
-# A case that takes longer at the very least is left out: there is no waiting for a big GPU's cases on a CPU.
+# Cases whose minimal time on the device exceeds this are left out. Many cases are too large for a CPU.
 MAX_SECONDS_PER_CALL = 1.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and the bytes to and from memory that cannot be avoided."""
+    """The minimal work of a computation.
+
+    Attributes:
+        flops: Floating-point operations.
+        bytes: Bytes that must be read from and written to memory.
+    """
 
     flops: int
     bytes: int
@@ -66,32 +71,50 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Copy bandwidth in GB/s, read and written bytes both counted, and the matrix product rate of a type in TFLOP/s."""
+    """Measured limits of a device for one dtype.
+
+    Attributes:
+        copy_gb_s: Copy bandwidth in GB/s. Bytes read and bytes written are both counted.
+        gemm_tflops: Rate of matrix products in TFLOP/s.
+    """
 
     copy_gb_s: float
     gemm_tflops: float
 
     @property
     def ridge(self) -> float:
-        """The arithmetic intensity, in FLOP per byte, from which on compute is the limit."""
+        """The arithmetic intensity from which a computation is compute-bound, in FLOP per byte."""
         return 1e3 * self.gemm_tflops / self.copy_gb_s
 
     def roofline_ms(self, work: Work) -> float:
-        """The least time for the work, in milliseconds."""
+        """The minimal time for the work, in milliseconds."""
         return max(work.flops / (1e9 * self.gemm_tflops), work.bytes / (1e6 * self.copy_gb_s))
 
     def regime(self, work: Work, host_us: float) -> str:
-        """What limits the work: "launch" if the host needs longer to start it than it needs, "compute" or "memory"."""
+        """Determine what limits the work.
+
+        Args:
+            work: The work.
+            host_us: Host time to start it, in microseconds.
+
+        Returns:
+            "launch" if the host time exceeds the minimal time of the work, else "compute" or "memory".
+        """
         if 1e3 * self.roofline_ms(work) < host_us:
             return "launch"
         return "compute" if work.intensity >= self.ridge else "memory"
 
 
 def layer_work(case: LayerCase, which: str, input_grad: bool = True) -> Work:
-    """The work of one pass of LAYER_PASSES, every tensor moved once and the activation free.
+    """The work of one pass of a layer. Each tensor is moved once; the activation is not counted.
 
-    Forward reads X, W, b and writes Y; backward reads dY and X and writes dW and db, and with input_grad reads W and
-    writes dX.
+    Forward reads X, W and b and writes Y. Backward reads dY and X and writes dW and db; for the gradient of the input
+    it also reads W and writes dX.
+
+    Args:
+        case: The layer.
+        which: "forward", "backward" or "both".
+        input_grad: Whether backward computes the gradient of the input.
     """
     M, K, N = case.rows, case.in_features, case.out_features
     forward = Work(2 * M * N * K, (M * K + N * K + N + M * N) * case.dtype.itemsize)
@@ -101,7 +124,10 @@ def layer_work(case: LayerCase, which: str, input_grad: bool = True) -> Work:
 
 
 def net_work(case: NetCase, which: str) -> Work:
-    """The work of one pass of NET_PASSES, layer by layer; normalisation and dropout free."""
+    """The work of one pass ("inference" or "training") of a net: the sum over its layers.
+
+    Batch norm and dropout are not counted.
+    """
     total = Work(0, 0)
     for number, (fan_in, fan_out) in enumerate(pairwise(case.widths())):
         layer = LayerCase(case.name, case.rows, fan_in, fan_out, dtype=case.dtype)
@@ -111,12 +137,16 @@ def net_work(case: NetCase, which: str) -> Work:
 
 @lru_cache
 def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool) -> Ceilings:
+    """Measure the ceilings of a device for a dtype. The result is cached."""
     return Ceilings(copy_bandwidth(device, quick), gemm_rate(dtype, device, quick))
 
 
 @lru_cache
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """GB/s, read and written bytes both counted, of copying a buffer much larger than any cache."""
+    """Measure the bandwidth of copying a buffer much larger than the caches, in GB/s. The result is cached.
+
+    Bytes read and bytes written are both counted.
+    """
     size = 32 * l2_bytes(device) if device.type == "cuda" else 2**27 if quick else 2**29
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -125,7 +155,10 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
 
 @lru_cache
 def gemm_rate(dtype: torch.dtype, device: torch.device, quick: bool = False) -> float:
-    """TFLOP/s of the best of a few square matrix products; float32 as torch.get_float32_matmul_precision() has it."""
+    """Measure the rate of the fastest of a few square matrix products, in TFLOP/s. The result is cached.
+
+    float32 products use the precision of `torch.get_float32_matmul_precision()`.
+    """
     sizes = (4096, 8192) if device.type == "cuda" else (512, 1024) if quick else (1024, 2048)
     rates = []
     for size in sizes:
@@ -136,21 +169,24 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, quick: bool = False) -> 
 
 
 def layer_fusemlp(case: LayerCase, which: str, device: torch.device, number: int = 0) -> Call:
-    """A pass of the layer on the input of this number."""
+    """Make fusemlp's call of one pass of a layer, on the input of a given number."""
     function = LAYER_COMPETITORS["fusemlp"](case, device, which != "forward")
     assert function is not None
     return layer_call(function, layer_operands(case, device, seed=number), which)
 
 
 def net_fusemlp(case: NetCase, which: str, device: torch.device, number: int = 0) -> Call:
-    """A pass of the net on the input of this number."""
+    """Make fusemlp's call of one pass of a net, on the input of a given number."""
     net = NET_COMPETITORS["fusemlp"](case, case.build(device), device)
     assert net is not None
     return net_call(net, net_operands(case, device, seed=number), which)
 
 
 def layer_host_us(case: LayerCase, which: str, device: torch.device) -> float:
-    """Microseconds of host time of a call: on a CPU, which computes as well, of a call on the smallest operands."""
+    """Measure the host time to start one pass of a layer, in microseconds.
+
+    A CPU computes during the call, so there the result is the time of a call on the smallest operands.
+    """
     if device.type == "cuda":
         return measure(layer_fusemlp(case, which, device), device, 0.05).host_us
     smallest = replace(case, rows=1, in_features=1, out_features=1)
@@ -158,17 +194,29 @@ def layer_host_us(case: LayerCase, which: str, device: torch.device) -> float:
 
 
 def net_host_us(case: NetCase, which: str, device: torch.device) -> float:
-    """Microseconds of host time of a call: on a CPU, of a call on the smallest net of as many layers."""
+    """Measure the host time to start one pass of a net, in microseconds.
+
+    A CPU computes during the call, so there the result is the time of a net with as many layers of width 1.
+    """
     if device.type == "cuda":
         return measure(net_fusemlp(case, which, device), device, 0.05).host_us
-    # Two rows, because batch normalisation refuses to train on one.
+    # Two rows, because batch norm cannot train on one.
     hidden = (1,) * len(case.hidden_features)
     smallest = replace(case, rows=2, in_features=1, hidden_features=hidden, out_features=1)
     return 1e3 * measure(net_fusemlp(smallest, which, device), device, 0.02).median_ms
 
 
 def within_patience(cases: Sequence[Case], work: Callable[[Case, str], Work], which: str, quick: bool) -> list[Case]:
-    """The cases that this machine can do in MAX_SECONDS_PER_CALL at its best; prints which it cannot."""
+    """Select the cases whose minimal time on the default device is at most MAX_SECONDS_PER_CALL.
+
+    The other cases are printed.
+
+    Args:
+        cases: The cases.
+        work: work(case, pass) is the work of a pass.
+        which: The pass to judge by.
+        quick: Measure the ceilings for a shorter time.
+    """
     device = default_device()
     kept = []
     for case in cases:
@@ -176,16 +224,17 @@ def within_patience(cases: Sequence[Case], work: Callable[[Case, str], Work], wh
         if seconds <= MAX_SECONDS_PER_CALL:
             kept.append(case)
         else:
-            print(f"left out: {case.name}, {case.rows:,} rows: a call would take {seconds:.1f} s at the very least")
+            print(f"left out: {case.name}, {case.rows:,} rows: a call would take at least {seconds:.1f} s")
     return kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the ceilings and where every case stands under them. Returns 0."""
+    """Print the ceilings and the rate of every selected case and, with --out, write them. Returns 0."""
     device, quick = default_device(), arguments.quick
     dtypes = [native_dtype(device)]
     layers = in_dtypes(select(QUICK_LAYERS if quick else LAYERS, arguments.filter), dtypes)
@@ -204,7 +253,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def ceilings_table(device: torch.device, quick: bool) -> pd.DataFrame:
-    """A row per type: copy bandwidth in GB/s, matrix products in TFLOP/s, ridge in FLOP per byte."""
+    """A row for each dtype: copy bandwidth in GB/s, rate of matrix products in TFLOP/s, ridge in FLOP per byte."""
     rows = []
     for dtype in track(DTYPES[device.type], "ceilings", transient=True):
         ceilings = measure_ceilings(dtype, device, quick)
@@ -213,7 +262,11 @@ def ceilings_table(device: torch.device, quick: bool) -> pd.DataFrame:
 
 
 def points_table(layers: list[LayerCase], nets: list[NetCase], device: torch.device, quick: bool) -> pd.DataFrame:
-    """A row per case and pass of fusemlp: intensity in FLOP per byte, TFLOP/s, share of the roofline, regime."""
+    """Measure fusemlp on layers and nets, except those that would take too long.
+
+    Returns:
+        A row for each case and pass, with the columns of `achieved`.
+    """
     jobs = [
         *(
             (case, which, layer_work, layer_fusemlp, layer_host_us)
@@ -241,7 +294,18 @@ def points_table(layers: list[LayerCase], nets: list[NetCase], device: torch.dev
 
 
 def achieved(work: Work, median_ms: float, host_us: float, ceilings: Ceilings) -> dict[str, float | str]:
-    """What a time means: rates, the share of the roofline, and the regime."""
+    """Derive rates and regime from a measured time.
+
+    Args:
+        work: Work of the pass.
+        median_ms: Time of the pass in milliseconds.
+        host_us: Host time to start it in microseconds.
+        ceilings: Ceilings of the device for the dtype.
+
+    Returns:
+        The columns of a table: both times, "intensity" (FLOP per byte), "tflops", "gb_s", "roofline_percent" (minimal
+        time in percent of the measured time) and "regime".
+    """
     return {
         "median_ms": median_ms,
         "host_us": host_us,

@@ -1,14 +1,19 @@
-"""What tensor parallelism of a training step can gain on 2, 4 and 8 GPUs: modelled, not measured. Needs no GPU.
+"""Model the gain of tensor parallelism for a training step on 2, 4 and 8 GPUs. Nothing is measured. Needs no GPU.
 
-`python -m fusemlp.bench scaling` splits every net as fusemlp does: layers alternate column-parallel (out_features
-split) and row-parallel (in_features split); a last one left over is column-parallel and gathers its output. A product
-of a shard takes its flops at the arithmetic rate or its bytes at the bandwidth, whichever is longer; launches and
-whatever is not a product are free. A ring of t ranks moves 2 (t - 1) / t of a tensor's bytes per rank to all-reduce it
-and half of that to all-gather it, at the bus bandwidth, and each collective adds a latency. The all-reduce of a
-column-parallel layer's input gradient runs beside the layer's wgrad: only what exceeds it counts. The first layer has
-no such gradient. t ranks pay if a step is shorter than with any fewer; tried are batches of powers of two to 2**20.
+`python -m fusemlp.bench scaling` splits every net as fusemlp does. Layers are alternately column-parallel (out_features
+split) and row-parallel (in_features split). If their number is odd, the last layer is column-parallel and gathers its
+output. The model has these rules:
 
-For a column + row pair bound by compute, without overlap and latency,
+- A product of a shard takes its flops divided by the arithmetic rate or its bytes divided by the bandwidth, whichever
+  is longer. Launches and everything other than products take no time.
+- To all-reduce a tensor over a ring of t ranks, each rank moves 2 (t - 1) / t of the tensor's bytes at the bus
+  bandwidth. An all-gather moves half of that. Each collective adds a latency.
+- The all-reduce of the gradient of a column-parallel layer's input overlaps with the product for the gradient of its
+  weight (wgrad); only the excess counts. The first layer has no gradient of the input.
+
+t ranks pay if a step takes less time than with any smaller number of ranks. Batches are powers of two up to 2**20.
+
+For a compute-bound pair of a column- and a row-parallel layer, without overlap and latency,
 
     communication / compute = (t - 1) e F / (3 h B)
 
@@ -16,12 +21,12 @@ For a column + row pair bound by compute, without overlap and latency,
     e  bytes of an element                     B  bus bandwidth of a rank, bytes/s
     h  features between the two layers, the ones that are split
 
-whatever the batch and the width around the pair: its 12 M H h / t FLOP (M rows, H features in and out; three passes of
-two products) stand against two all-reduces of M H elements. In the net's first pair one all-reduce and one product in
-six are not needed: 5 in place of 3.
+This does not depend on the batch of M rows or on the H features before and after the pair, because the pair computes
+12 M H h / t FLOP (three passes of two products) and all-reduces M H elements twice. The first pair of a net needs one
+all-reduce instead of two and five products instead of six, so its ratio has 5 instead of 3.
 
-With --rates the products take the rate measured for the nearest shape (M, N, K: rows, columns and inner length of the
-product), by the distance between the logarithms, in place of --flops.
+With --rates, each product has the rate that was measured for the nearest shape (M, N, K: rows, columns and inner length
+of the product), in place of --flops. The distance is that of the logarithms of the shapes.
 """
 
 import argparse
@@ -49,7 +54,13 @@ Rate = Callable[[int, int, int], float]
 
 @dataclass(frozen=True)
 class Step:
-    """Microseconds of a rank's products, of its collectives, and of those collectives that products hide."""
+    """Times of one rank.
+
+    Attributes:
+        products_us: Time of products in microseconds.
+        collectives_us: Time of collectives in microseconds.
+        hidden_us: The part of `collectives_us` that overlaps with products.
+    """
 
     products_us: float = 0.0
     collectives_us: float = 0.0
@@ -64,20 +75,24 @@ class Step:
 
     @property
     def exposed_us(self) -> float:
-        """Collectives that nothing hides, in microseconds."""
+        """The time of collectives that does not overlap with products, in microseconds."""
         return self.collectives_us - self.hidden_us
 
     @property
     def modelled_us(self) -> float:
+        """The total time in microseconds."""
         return self.products_us + self.exposed_us
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what joins them.
+    """The assumed GPUs and their interconnect.
 
-    TB/s of device memory, TFLOP/s of a product as a function of M, N and K, GB/s of bus bandwidth of a rank, and the
-    microseconds that a collective takes however little it moves.
+    Attributes:
+        bandwidth_tb_s: Bandwidth of device memory in TB/s.
+        rate_tflop_s: Rate of a product in TFLOP/s, as a function of M, N and K.
+        bus_gb_s: Bus bandwidth of a rank in GB/s.
+        latency_us: Latency of each collective in microseconds.
     """
 
     bandwidth_tb_s: float
@@ -86,28 +101,28 @@ class Cluster:
     latency_us: float
 
     def product_us(self, M: int, N: int, K: int, itemsize: int) -> float:
-        """Microseconds of an M x K by K x N product, each matrix moved once."""
+        """Time of the product of M x K and K x N matrices in microseconds. Each matrix is moved once."""
         product = Launch("product", 2 * M * N * K, itemsize * (M * K + K * N + M * N))
         return Ceilings(self.bandwidth_tb_s, self.rate_tflop_s(M, N, K), 0).modelled_us([product])
 
     def all_gather_us(self, whole_bytes: int, ranks: int) -> float:
-        """Microseconds to give every rank the whole of which each has its part; nothing for one rank."""
+        """Time to all-gather a tensor of `whole_bytes` bytes, in microseconds; 0 for one rank."""
         if ranks == 1:
             return 0.0
         return (ranks - 1) / ranks * whole_bytes / (1e3 * self.bus_gb_s) + self.latency_us
 
     def all_reduce_us(self, summand_bytes: int, ranks: int) -> float:
-        """Microseconds to give every rank the sum of as many summands: two gathers' bytes, one latency."""
+        """Time to all-reduce a tensor of `summand_bytes` bytes, in microseconds: twice the bytes of an all-gather."""
         return self.all_gather_us(2 * summand_bytes, ranks)
 
 
 def layer_steps(case: NetCase, ranks: int, cluster: Cluster) -> list[Step]:
-    """A training step of the net layer by layer, on the rank that has the largest shards."""
+    """Model a training step of a net, layer by layer, on the rank with the largest shards."""
     M, itemsize = case.rows, case.dtype.itemsize
     steps = []
     for number, (K, N) in enumerate(pairwise(case.widths())):
         first, last, by_column = number == 0, number == len(case.hidden_features), number % 2 == 0
-        shard_k, shard_n = (K, -(-N // ranks)) if by_column else (-(-K // ranks), N)
+        shard_k, shard_n = (K, math.ceil(N / ranks)) if by_column else (math.ceil(K / ranks), N)
         wgrad = cluster.product_us(shard_n, shard_k, M, itemsize)
         products = cluster.product_us(M, shard_n, shard_k, itemsize) + wgrad
         if not first:
@@ -125,11 +140,16 @@ def layer_steps(case: NetCase, ranks: int, cluster: Cluster) -> list[Step]:
 
 
 def net_step(case: NetCase, ranks: int, cluster: Cluster) -> Step:
+    """Model a training step of a net on the rank with the largest shards."""
     return sum(layer_steps(case, ranks, cluster), Step())
 
 
 def paying(modelled_us: dict[int, float]) -> list[int]:
-    """The numbers of ranks with which a step is shorter than with any fewer."""
+    """The numbers of ranks for which a step takes less time than for any smaller number.
+
+    Args:
+        modelled_us: Time of a step, by number of ranks.
+    """
     return [
         ranks
         for ranks, us in modelled_us.items()
@@ -138,7 +158,7 @@ def paying(modelled_us: dict[int, float]) -> list[int]:
 
 
 def paying_batches(case: NetCase, cluster: Cluster) -> dict[int, list[int]]:
-    """For each number of ranks the batches of BATCHES, in rows, with which it pays."""
+    """For each number of ranks, the BATCHES (in rows) for which it pays."""
     found: dict[int, list[int]] = {ranks: [] for ranks in RANKS}
     for rows in BATCHES:
         of_rows = replace(case, rows=rows)
@@ -148,7 +168,7 @@ def paying_batches(case: NetCase, cluster: Cluster) -> dict[int, list[int]]:
 
 
 def scaling_rows(case: NetCase, cluster: Cluster) -> Iterator[dict[str, object]]:
-    """One row for each number of ranks."""
+    """The rows of one net in `scaling_table`, one for each number of ranks."""
     steps = {ranks: net_step(case, ranks, cluster) for ranks in RANKS}
     pays = paying({ranks: step.modelled_us for ranks, step in steps.items()})
     batches = paying_batches(case, cluster)
@@ -171,19 +191,32 @@ def scaling_rows(case: NetCase, cluster: Cluster) -> Iterator[dict[str, object]]
 
 
 def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
-    """A row per net and number of ranks: microseconds, efficiency, whether it pays and for which batches."""
+    """Model all nets: a row for each net and number of ranks.
+
+    The columns contain times in microseconds, efficiency, whether the number of ranks pays, and for which batches.
+    """
     return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
 
 
 def read_rates(path: Path) -> pd.DataFrame:
-    """A table of measured products: M, N, K and tflops. Raises ValueError for a file that is not one."""
+    """Read measured rates of products from a CSV file.
+
+    Args:
+        path: The file, with the columns M, N, K and tflops.
+
+    Returns:
+        A table with these columns.
+
+    Raises:
+        ValueError: If the file cannot be read, lacks a column or a row, or contains numbers that are not positive.
+    """
     where = f"argument --rates: {path}"
     if not path.is_file():
         raise ValueError(f"{where}: no such file")
     try:
         table = pd.read_csv(path, index_col=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where}: cannot be read as a CSV file: {' '.join(str(error).split())}") from error
     columns = [*SHAPE, "tflops"]
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{where}: has no column {', '.join(missing)}; must have {', '.join(columns)}")
@@ -197,7 +230,14 @@ def read_rates(path: Path) -> pd.DataFrame:
 
 
 def nearest_rate(rates: pd.DataFrame) -> Rate:
-    """The rate, in TFLOP/s, of the measured product nearest to an M, N, K by log distance; the first of equals."""
+    """Make a function that looks up the rate of the measured product whose shape is nearest.
+
+    Args:
+        rates: Table of `read_rates`.
+
+    Returns:
+        rate(M, N, K) in TFLOP/s. Distances are those of the logarithms of the shapes; ties go to the first row.
+    """
     shapes, tflops = np.log(rates[SHAPE].to_numpy(float)), rates["tflops"].to_numpy(float)
 
     def rate(M: int, N: int, K: int) -> float:
@@ -207,14 +247,14 @@ def nearest_rate(rates: pd.DataFrame) -> Rate:
 
 
 def rate_option(arguments: argparse.Namespace) -> tuple[Rate, str]:
-    """The rate that the options ask for, and what to call it."""
+    """The rate that --flops or --rates specifies, and a description of it."""
     if arguments.rates is None:
         return lambda *_: arguments.flops, f"{arguments.flops:g} TFLOP/s"
     return nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates.name}"
 
 
 def show(table: pd.DataFrame, assumed: str) -> None:
-    """Print the table, and for each net up to how many ranks it pays."""
+    """Print the table, and for each net the largest number of ranks that pays."""
     title = f"Tensor parallelism of a training step. Times are modelled, not measured: {assumed}."
     print_table(table.drop(columns="case"), title)
     for net, of_net in table.groupby("net", sort=False):
@@ -223,23 +263,24 @@ def show(table: pd.DataFrame, assumed: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
-    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="of device memory (4.3)")
+    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="device memory bandwidth (4.3)")
     parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
     parser.add_argument("--bus", type=float, default=450, metavar="GB/S", help="bus bandwidth of a rank (450)")
-    parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="of a collective (10)")
+    parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="latency of a collective (10)")
     parser.add_argument(
-        "--rates", type=Path, metavar="CSV", help="measured products, in place of --flops: M,N,K,tflops"
+        "--rates", type=Path, metavar="CSV", help="measured rates with columns M,N,K,tflops, in place of --flops"
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Model every net on every number of ranks, print it, and write table and picture if asked to. Returns 0."""
+    """Model every selected net, print the table and, with --out, write table and picture. Returns 0."""
     for name in ("bandwidth", "flops", "bus"):
         if not 0 < (given := getattr(arguments, name)) < math.inf:
-            raise ValueError(f"argument --{name}: {given}; must be positive and finite")
+            raise ValueError(f"argument --{name}: {given}; must be above 0 and finite")
     if not 0 <= arguments.latency_us < math.inf:
-        raise ValueError(f"argument --latency-us: {arguments.latency_us}; must be finite and not negative")
+        raise ValueError(f"argument --latency-us: {arguments.latency_us}; must be at least 0 and finite")
     cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
     check_any(arguments.filter, cases)
     rate, said = rate_option(arguments)

@@ -1,9 +1,9 @@
-"""How long calls take: competitors in turn, round after round, so that a drifting clock is unfair to none.
+"""Time calls. Competitors take turns in rounds, so that changes of the clock rate affect all of them equally.
 
-On the CPU, wall-clock time. On CUDA, one of two things:
+On the CPU the mode is "wall clock". On CUDA there are two modes:
 
-    "eager, L2 cold"   one call on an idle device whose L2 cache was overwritten, launching it included
-    "CUDA graph"       one call out of a replayed graph of calls on different inputs: the device alone
+    "eager, L2 cold"   one call on an idle device after overwriting its L2 cache, launch overhead included
+    "CUDA graph"       average call in a captured CUDA graph of calls on different inputs, without launch overhead
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
-Sample = Callable[[], tuple[float, float]]  # (milliseconds, microseconds of host time)
+Sample = Callable[[], tuple[float, float]]  # returns (milliseconds, microseconds of host time)
 
 WARM_UPS = 2
 MIN_ROUNDS = 3
@@ -27,9 +27,14 @@ MAX_ROTATION = 16
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call (median, 20% and 80% quantiles) and microseconds of host time to start it.
+    """The time of one call.
 
-    The host time is nan where the host computes, on the CPU, or only replays a graph.
+    Attributes:
+        median_ms: Median in milliseconds.
+        p20_ms: 20% quantile in milliseconds.
+        p80_ms: 80% quantile in milliseconds.
+        host_us: Median host time to start the call, in microseconds; nan on the CPU and for CUDA graphs.
+        rounds: Number of samples.
     """
 
     median_ms: float
@@ -40,31 +45,44 @@ class Timing:
 
 
 def default_device() -> torch.device:
+    """The current CUDA device, or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def modes(device: torch.device) -> tuple[str, ...]:
-    """What can be measured on the device."""
+    """The timing modes of a device."""
     return ("eager, L2 cold", "CUDA graph") if device.type == "cuda" else ("wall clock",)
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """The stream to prepare and measure calls on: a graph is captured, backward included, on no default stream."""
+    """A context in which calls must be prepared and measured: a new CUDA stream, or nothing on the CPU.
+
+    A CUDA graph cannot be captured on the default stream, and backward runs on the stream of its forward pass.
+    """
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def measure(call: Call, device: torch.device, seconds: float = 0.2) -> Timing:
-    """The time of one call; on CUDA eager, L2 cold."""
+    """Time one call. See `measure_together`."""
     return measure_together({"": call}, device, seconds)[""]
 
 
 def measure_together(calls: Mapping[str, Call], device: torch.device, seconds: float = 0.2) -> dict[str, Timing]:
-    """The time of each call, `seconds` for each of them but at least 3 rounds; on CUDA eager, L2 cold."""
+    """Time calls in turn, by the wall clock on the CPU and in mode "eager, L2 cold" on CUDA.
+
+    Args:
+        calls: The calls, by name.
+        device: Where they run.
+        seconds: Duration of the measurement for each call. At least MIN_ROUNDS (3) rounds are measured.
+
+    Returns:
+        The time of each call, by name.
+    """
     for call in calls.values():
         for _ in range(WARM_UPS):
             call()
     if device.type == "cuda":
-        # As in Triton's do_bench, a buffer of several times the L2 cache, overwritten, leaves nothing of ours there.
+        # As in Triton's do_bench, overwriting a buffer larger than the L2 cache evicts the call's operands from it.
         flush = torch.empty(4 * l2_bytes(device), dtype=torch.int8, device=device)
         return _in_turn({name: lambda call=call: _cold_sample(call, flush) for name, call in calls.items()}, seconds)
     return _in_turn({name: lambda call=call: _wall_sample(call) for name, call in calls.items()}, seconds)
@@ -73,9 +91,15 @@ def measure_together(calls: Mapping[str, Call], device: torch.device, seconds: f
 def measure_graphs(
     rotations: Mapping[str, Sequence[Call]], device: torch.device, seconds: float = 0.2
 ) -> dict[str, Timing]:
-    """The time of each competitor's call inside a CUDA graph of its calls on different inputs.
+    """Time calls in mode "CUDA graph". Prepare the calls and call this function on the same `side_stream`.
 
-    To be used, like the preparation of the calls, on a `side_stream`.
+    Args:
+        rotations: For each competitor, its calls on different inputs. They are captured in one graph.
+        device: Where they run.
+        seconds: Duration of the measurement for each competitor. At least MIN_ROUNDS (3) rounds are measured.
+
+    Returns:
+        The time of one call, by competitor.
     """
     graphs = {}
     for name, calls in rotations.items():
@@ -96,9 +120,16 @@ def measure_graphs(
 def measure_on_device(
     calls_on: Callable[[int], Mapping[str, Call]], case_bytes: int, device: torch.device, seconds: float = 0.2
 ) -> dict[str, Timing]:
-    """What the calls cost the device itself: on CUDA in graphs, on the CPU by the wall clock.
+    """Time calls without launch overhead: in mode "CUDA graph" on CUDA, by the wall clock on the CPU.
 
-    calls_on: the calls on the input of a number; case_bytes: what one of them moves.
+    Args:
+        calls_on: calls_on(number) makes the calls, by name, on the input of this number.
+        case_bytes: Bytes that one call moves.
+        device: Where they run.
+        seconds: Duration of the measurement for each call.
+
+    Returns:
+        The time of each call, by name.
     """
     if device.type != "cuda":
         return measure_together(calls_on(0), device, seconds)
@@ -107,16 +138,17 @@ def measure_on_device(
 
 
 def rotation(case_bytes: int, device: torch.device) -> int:
-    """On how many inputs to rotate so that each has left the L2 cache when its turn comes, at most 16."""
+    """The number of inputs to use in turn, so that each has left the L2 cache when it is used again; at most 16."""
     return min(MAX_ROTATION, math.ceil(2 * l2_bytes(device) / case_bytes))
 
 
 def l2_bytes(device: torch.device) -> int:
+    """The size of a CUDA device's L2 cache in bytes."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def peak_mib(call: Call, device: torch.device) -> float:
-    """MiB that the call allocates at its peak beyond what was allocated before; nan on the CPU."""
+    """Peak memory of a call in MiB, without the memory that was allocated before it; nan on the CPU."""
     if device.type != "cuda":
         return math.nan
     torch.cuda.reset_peak_memory_stats(device)
@@ -133,7 +165,7 @@ def _in_turn(samples: Mapping[str, Sample], seconds: float) -> dict[str, Timing]
     while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
         for name in order:
             taken[name].append(samples[name]())
-        order.reverse()  # so that nobody always follows the same competitor
+        order.reverse()  # so that a competitor does not always follow the same one
         rounds += 1
     return {name: _summary(each) for name, each in taken.items()}
 

@@ -1,10 +1,10 @@
-"""Launches, bytes and flops of a training step: fusemlp, PyTorch eager and the floor. Needs no GPU.
+"""Count launches, bytes and flops of a training step: fusemlp, PyTorch eager and a lower bound. Needs no GPU.
 
-`python -m fusemlp.bench traffic` runs forward and backward of every net and loss on tensors without storage, so that
-nothing is computed: fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA), and every
-operator of PyTorch that would launch a kernel counts its inputs and outputs once each. The floor moves each operand of
-a layer once forward and once backward. Times are modelled: a launch takes as long as its bytes at the bandwidth or its
-flops at the arithmetic rate, whichever is longer.
+`python -m fusemlp.bench traffic` runs forward and backward of every net and loss on tensors without storage, so nothing
+is computed. fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA). Every PyTorch
+operator that would launch a kernel counts each of its inputs and outputs once. The lower bound, called floor, moves
+each operand of a layer once in forward and once in backward. Times are modelled: a launch takes its bytes divided by
+the bandwidth or its flops divided by the arithmetic rate, whichever is longer.
 """
 
 import argparse
@@ -33,17 +33,18 @@ Layers = list[list[Launch]]
 Case = NetCase | LossCase
 ALLOCATIONS = ("aten.empty", "aten.new_empty")
 FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
-# What a layer's backward ends with: fusemlp's dgrad, PyTorch's bias gradient.
+# The last launches of a layer's backward pass: fusemlp's gradient of the input, or PyTorch's gradient of the bias.
 LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
-# Batch norm, activation and dropout, with statistics taken in the product before: forward reads and writes the
-# activations; backward reads them for its sums while the gradient is in registers, then both, and writes a gradient.
+# Passes over the activations for batch norm, activation and dropout, if the product before computes the statistics.
+# Forward reads and writes the activations (2). Backward reads them for its sums, while the gradient is in registers
+# (1), then reads activations and gradient and writes the gradient of the input (3).
 NORMALISE_PASSES = 6
-# Operators that read one element of each row of this argument.
+# Operators that read only one element per row of one argument, and the position of that argument. It is not counted.
 GATHERED = {"aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
 
 
 class AtenTraffic(TorchDispatchMode):
-    """Reports PyTorch's operators to the open ledgers. Views and allocations launch nothing."""
+    """Reports PyTorch's operators to the open ledgers, except views and allocations, which launch no kernel."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -58,12 +59,12 @@ class AtenTraffic(TorchDispatchMode):
 
 
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Dropout as the one kernel it is on CUDA; elsewhere PyTorch makes three operators of it."""
+    """Dropout as one operator, as on CUDA. On other devices PyTorch uses three operators."""
     return torch.native_dropout(input, p, training)[0]
 
 
 def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[Launch], list[Launch]]:
-    """The launches of forward and of backward."""
+    """Collect the launches of `forward()`, and those of the backward pass for the gradient `grad` of its result."""
     with patch.object(torch.nn.functional, "dropout", _fused_dropout), AtenTraffic():
         with cost.ledger() as ahead:
             result = forward()
@@ -73,7 +74,7 @@ def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[
 
 
 def count_net(case: NetCase) -> Layers:
-    """The launches of one training step, layer by layer, by whatever code serves the net."""
+    """Collect the launches of one training step of a net, layer by layer, with the active backend."""
     x, dy = (
         torch.empty(case.rows, width, dtype=case.dtype, device="meta")
         for width in (case.in_features, case.out_features)
@@ -83,7 +84,12 @@ def count_net(case: NetCase) -> Layers:
 
 
 def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> Layers:
-    """The launches of a loss and its gradients, as one layer."""
+    """Collect the launches of a loss and its gradients, as one layer.
+
+    Args:
+        case: The loss.
+        loss: Makes the loss function of the case, for class indices (rows,).
+    """
     M, C, K = case.rows, case.classes, case.in_features
     shapes = [(M, C)] if K is None else [(M, K), (C, K)]
     inputs = [torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True) for shape in shapes]
@@ -93,9 +99,17 @@ def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> 
 
 
 def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
-    """Which layer each launch works for.
+    """Assign the launches of a step to layers.
 
-    Forward a product begins one, the first after what comes before it; backward what follows its last launch does.
+    In forward, every product except the first begins a new layer. In backward, a layer ends with one of
+    LAST_IN_BACKWARD; the next other launch belongs to the layer before.
+
+    Args:
+        forward: Launches of the forward pass, in order.
+        backward: Launches of the backward pass, in order.
+
+    Returns:
+        The launches of each layer, first layer first.
     """
     layers: Layers = [[]]
     begun = False
@@ -114,17 +128,22 @@ def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:
 
 
 def count_fusemlp(case: Case) -> Layers:
+    """Collect fusemlp's launches of a training step, layer by layer, planned for Hopper."""
     with served_as_on_hopper():
         return count_loss(case, fusemlp_loss) if isinstance(case, LossCase) else count_net(case)
 
 
 def count_eager(case: Case) -> Layers:
+    """Collect the launches of a training step in PyTorch eager, layer by layer."""
     with launch.backend("torch"):
         return count_loss(case, torch_loss) if isinstance(case, LossCase) else count_net(case)
 
 
 def count_floor(case: Case) -> Layers:
-    """The fewest bytes a step can move without fusing across layers, one launch per layer each way."""
+    """The smallest number of bytes that a step can move without fusion across layers, layer by layer.
+
+    Each layer has one launch in forward, one in backward, and one for batch norm, activation and dropout.
+    """
     if isinstance(case, LossCase):
         work = {which: loss_work(case, which) for which in ("forward", "backward")}
         return [[Launch(which, each.flops, each.bytes) for which, each in work.items()]]
@@ -154,13 +173,20 @@ COUNTERS: dict[str, Callable[[Case], Layers]] = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a GPU can do: TB/s of device memory, TFLOP/s of arithmetic, and the microseconds a launch costs."""
+    """Assumed limits of a GPU.
+
+    Attributes:
+        bandwidth_tb_s: Bandwidth of device memory in TB/s.
+        rate_tflop_s: Arithmetic rate in TFLOP/s.
+        launch_us: Overhead of each launch in microseconds.
+    """
 
     bandwidth_tb_s: float
     rate_tflop_s: float
     launch_us: float
 
     def modelled_us(self, launches: Iterable[Launch]) -> float:
+        """The modelled total time of launches in microseconds."""
         return sum(
             max(each.bytes / self.bandwidth_tb_s, each.flops / self.rate_tflop_s) / 1e6 + self.launch_us
             for each in launches
@@ -168,7 +194,15 @@ class Ceilings:
 
 
 def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """One row for each who was counted, beside the floor and eager."""
+    """Compare the totals of each implementation with the floor and with PyTorch eager.
+
+    Args:
+        counted: Launches of each implementation, by key of COUNTERS.
+        ceilings: Assumed limits of the GPU.
+
+    Yields:
+        A row for each implementation.
+    """
     floor_bytes = sum(each.bytes for each in counted["floor"])
     eager_us = ceilings.modelled_us(counted["eager"])
     for what, launches in counted.items():
@@ -185,13 +219,14 @@ def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings) -> Iterator[
 
 
 def layer_names(case: Case) -> list[str]:
+    """Names of the layers of a case, for tables."""
     if isinstance(case, LossCase):
         return ["loss"]
     return [f"{number}: {K} -> {N}" for number, (K, N) in enumerate(pairwise(case.widths()))]
 
 
 def tables(cases: Iterable[Case], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Totals of each case, and the same layer by layer."""
+    """Make a table with the totals of each case, and a table of the same numbers layer by layer."""
     totals, layers = [], []
     for case in cases:
         counted = {what: count(case) for what, count in COUNTERS.items()}
@@ -205,6 +240,7 @@ def tables(cases: Iterable[Case], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.
 
 
 def show(totals: pd.DataFrame, ceilings: Ceilings) -> None:
+    """Print the totals in MB and GFLOP."""
     shown = totals.assign(bytes=totals["bytes"] / 1e6, flops=totals["flops"] / 1e9)
     title = (
         "A training step, counted as planned for 132 multiprocessors with TMA. Times are modelled, not measured: "
@@ -214,17 +250,18 @@ def show(totals: pd.DataFrame, ceilings: Ceilings) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
-    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="of device memory (4.3)")
+    parser.add_argument("--bandwidth", type=float, default=4.3, metavar="TB/S", help="device memory bandwidth (4.3)")
     parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
-    parser.add_argument("--launch-us", type=float, default=0, metavar="US", help="that each launch costs (0)")
+    parser.add_argument("--launch-us", type=float, default=0, metavar="US", help="overhead of each launch (0)")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Count every case, print the totals, and write them and the layers if asked to."""
+    """Count every selected case, print the totals and, with --out, write totals and layers. Returns 0."""
     for name in ("bandwidth", "flops"):
         if not (given := getattr(arguments, name)) > 0:
-            raise ValueError(f"argument --{name}: {given}; must be positive")
+            raise ValueError(f"argument --{name}: {given}; must be above 0")
     cases = select((*QUICK_NETS, *QUICK_LOSSES) if arguments.quick else (*NETS, *LOSSES), arguments.filter)
     check_any(arguments.filter, cases)
     ceilings = Ceilings(arguments.bandwidth, arguments.flops, arguments.launch_us)

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers: tensors in, tensors out, no autograd."""
+"""Triton kernels and the functions that launch them. They take and return tensors, without autograd."""

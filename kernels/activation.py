@@ -1,12 +1,19 @@
-"""Activations: what torch computes, as device functions, and the table that names them.
+"""Activations, with PyTorch's definitions, as device functions, and a table that names them.
 
-`act(preact)` is the function. `dact(grad, saved)` is grad times its derivative, from whatever forward keeps: a
-boolean per element (`bitmask`, one bit in memory), the `postact`, which is in memory anyway, or the `preact`.
-All run in the accumulator's dtype.
+`act(preact)` is the activation. `dact(grad, saved)` is grad times the derivative of the activation. `saved` is what
+forward keeps of each element:
+
+    bitmask     one boolean, which takes one bit of memory
+    postact     the result, which is in memory anyway
+    preact      the argument
+
+All functions compute in the dtype of the accumulator (`tile.acc_dtype`).
 """
+# pyright: reportAttributeAccessIssue=false
+# (the checker sees no fields of a constexpr)
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,12 +35,13 @@ def identity_grad(grad, preact, FNS: tl.constexpr):
 
 @triton.jit
 def relu(z):
-    # Not tl.maximum, which drops NaN on the GPU.
+    # NaN stays NaN. tl.maximum would return 0 for it on the GPU.
     return tl.where(z <= 0, 0.0, z)
 
 
 @triton.jit
 def relu_active(z):
+    """True for NaN, so that the gradient passes, as in PyTorch."""
     return (z <= 0) == 0
 
 
@@ -49,6 +57,7 @@ def relu6(z):
 
 @triton.jit
 def relu6_active(z):
+    """True for NaN, so that the gradient passes, as in PyTorch."""
     return ((z <= 0) | (z >= 6)) == 0
 
 
@@ -89,6 +98,7 @@ def sigmoid_grad(grad, postact):
 
 @triton.jit
 def tanh(z):
+    # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)), where the exponential cannot overflow.
     decay = tl.exp(-2 * tl.abs(z))
     magnitude = (1 - decay) / (1 + decay)
     return tl.where(z < 0, -magnitude, magnitude)
@@ -106,6 +116,7 @@ def silu(z):
 
 @triton.jit
 def silu_grad(grad, preact):
+    # (z s)' = s + z s (1 - s), since s' = s (1 - s).
     s = sigmoid(preact)
     return grad * s * (1 + preact * (1 - s))
 
@@ -117,6 +128,7 @@ def gelu(z):
 
 @triton.jit
 def gelu_grad(grad, preact):
+    # (z cdf(z))' = cdf(z) + z pdf(z), of the standard normal distribution.
     cdf = 0.5 * (1 + tl.math.erf(preact * SQRT_HALF))
     pdf = tl.exp(-0.5 * preact * preact) * INV_SQRT_2PI
     return grad * (cdf + preact * pdf)
@@ -129,6 +141,7 @@ def gelu_tanh(z):
 
 @triton.jit
 def gelu_tanh_grad(grad, preact):
+    # t' = (1 - t^2) times the derivative of the argument of tanh.
     t = tanh((preact + 0.044715 * preact * preact * preact) * SQRT_2_OVER_PI)
     inner_grad = (1 + 3 * 0.044715 * preact * preact) * SQRT_2_OVER_PI
     return grad * (0.5 * (1 + t) + 0.5 * preact * (1 - t * t) * inner_grad)
@@ -136,38 +149,65 @@ def gelu_tanh_grad(grad, preact):
 
 @dataclass(frozen=True)
 class Activation:
+    """One activation: its device functions and what forward keeps for its derivative.
+
+    Attributes:
+        act: the activation, a function of the preactivation.
+        dact: grad times the derivative, a function of grad and of what forward keeps.
+        saves: what forward keeps.
+        active: for "bitmask", the boolean that forward keeps, a function of the preactivation.
+    """
+
     act: Any
     dact: Any
     saves: Literal["bitmask", "postact", "preact"]
     active: Any = None
 
 
-# grad times the derivative at preact, whatever the activation would have kept.
-@triton.jit
-def _grad_by_active(grad, preact, FNS: tl.constexpr):
-    return FNS[2](grad, FNS[3](preact))
+class Functions(NamedTuple):
+    """Device functions that an epilogue or a pass calls. Kernels take it as a constexpr.
+
+    Attributes:
+        act: act(preact), the activation.
+        active: active(preact), the boolean that the derivative depends on.
+        dact: dact(grad, saved), grad times the derivative, computed from what forward keeps.
+        dact_at: dact_at(grad, preact, FNS), the same computed from the preactivation.
+    """
+
+    act: Any = None
+    active: Any = None
+    dact: Any = None
+    dact_at: Any = None
 
 
 @triton.jit
-def _grad_by_postact(grad, preact, FNS: tl.constexpr):
-    return FNS[2](grad, FNS[1](preact))
+def _dact_at_by_active(grad, preact, FNS: tl.constexpr):
+    return FNS.dact(grad, FNS.active(preact))
 
 
 @triton.jit
-def _grad_by_preact(grad, preact, FNS: tl.constexpr):
-    return FNS[2](grad, preact)
+def _dact_at_by_postact(grad, preact, FNS: tl.constexpr):
+    return FNS.dact(grad, FNS.act(preact))
 
 
-GRAD_AT_PREACT = {"bitmask": _grad_by_active, "postact": _grad_by_postact, "preact": _grad_by_preact}
+@triton.jit
+def _dact_at_by_preact(grad, preact, FNS: tl.constexpr):
+    return FNS.dact(grad, preact)
 
 
-def functions_of_preact(name: str | None) -> tuple[Any, ...]:
-    """(gradient, act, ...): device functions of the preactivation alone; call FNS[0](grad, preact, FNS), FNS[1](z)."""
+DACT_AT = {"bitmask": _dact_at_by_active, "postact": _dact_at_by_postact, "preact": _dact_at_by_preact}
+
+
+def functions_of_preact(name: str | None) -> Functions:
+    """The device functions of an activation for passes that read the preactivation.
+
+    Args:
+        name: a key of `ACTIVATIONS`; None for the identity.
+    """
     if name is None:
-        return identity_grad, identity
+        return Functions(act=identity, dact_at=identity_grad)
     entry = ACTIVATIONS[name]
-    fns = GRAD_AT_PREACT[entry.saves], entry.act, entry.dact, entry.active
-    return tuple(fn for fn in fns if fn is not None)
+    return Functions(entry.act, entry.active, entry.dact, DACT_AT[entry.saves])
 
 
 ACTIVATIONS: dict[str, Activation] = {

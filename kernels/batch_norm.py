@@ -1,19 +1,34 @@
-"""Batch normalisation of the columns of an (M, N) matrix, and the activation and dropout that follow it.
+"""Batch normalisation of the columns of an (M, N) matrix, with the activation and dropout that follow it.
 
-    u = (x - mean) rstd weight + bias        mean, rstd = 1 / sqrt(var + eps): of each column, or running averages
+Forward, for each column, with its mean and variance or with running averages:
+
+    rstd = 1 / sqrt(var + eps)
+    xhat = (x - mean) rstd
+    u = xhat weight + bias
     y = dropout(act(u))
 
-    du = act'(u) dropout'(dy)
-    dbias = sum du,  dweight = sum du xhat                                  xhat = (x - mean) rstd, sums over rows
-    dx = weight rstd (du - dbias / M - xhat dweight / M)                    of running averages: weight rstd du
+Backward, where sum is the sum over the M rows:
 
-Sums over rows are taken in two levels: ranges of rows and columns, or the tiles of a product whose epilogue takes them,
-each give a partial result, and these are added in order, in float64.
+    du = act'(u) dropout'(dy)
+    dbias = sum du
+    dweight = sum du xhat
+    dx = weight rstd du                                        normalised by running averages
+    dx = weight rstd (du - dbias / M - xhat dweight / M)       normalised by the column's own mean and variance
+
+In the last line, mean and var depend on x:
+
+    d mean / d x_i = 1 / M
+    d var / d x_i = 2 (x_i - mean) / M,  so  d rstd / d x_i = -rstd^2 xhat_i / M
+    d xhat_j / d x_i = rstd (1[i = j] - 1 / M - xhat_i xhat_j / M)
+    dx_i = sum_j weight du_j (d xhat_j / d x_i)
+
+Sums over rows are computed in two levels. Each range of rows gives a partial sum; a range is a tile's rows where the
+epilogue of a product computes the sums. The partial sums are then added in a fixed order, in float64.
 """
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,38 +37,54 @@ from torch import Tensor
 
 from . import cost, launch
 from .activation import functions_of_preact
-from .config import pointwise_block, row_splits
-from .dropout import Dropout, drop
+from .config import cdiv, pointwise_block, row_splits
+from .dropout import drop, dropout_args
 from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .tile import load_tile, store_tile, triton_acc_dtype
 
 
+class NormArgs(NamedTuple):
+    """Arguments of `normalize`.
+
+    Attributes:
+        mean, var: (N,), of the columns, or running averages; without a mean nothing is normalised.
+        weight, bias: (N,) or None.
+        eps: added to var.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
 @triton.jit
 def load_columns(ptr, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Load BLOCK_N elements of a vector (N,), from col on, as a row [1, BLOCK_N]. They are 0 beyond N."""
     offs_n = col + tl.arange(0, BLOCK_N)
     return tl.load(ptr + offs_n, mask=offs_n < N, other=0.0).to(dtype)[None, :]  # [1, BLOCK_N]
 
 
 @triton.jit
 def load_rstd(norm, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
-    _, var_ptr, _, _, eps = norm
-    return 1 / tl.sqrt(load_columns(var_ptr, col, N, dtype, BLOCK_N) + eps)
+    """1 / sqrt(var + eps) of BLOCK_N columns, [1, BLOCK_N]. norm: `NormArgs`."""
+    return 1 / tl.sqrt(load_columns(norm.var, col, N, dtype, BLOCK_N) + norm.eps)
 
 
 @triton.jit
 def normalize(x, norm, col, N, BLOCK_N: tl.constexpr):
-    """xhat and u of a tile; the tile itself, twice, without a mean."""
-    mean_ptr, _, weight_ptr, bias_ptr, _ = norm
-    if mean_ptr is None:
+    """xhat and u of a tile x [BLOCK_M, BLOCK_N]. Without a mean both are x. norm: `NormArgs`."""
+    if norm.mean is None:
         return x, x
     else:
-        mean = load_columns(mean_ptr, col, N, x.dtype, BLOCK_N)
+        mean = load_columns(norm.mean, col, N, x.dtype, BLOCK_N)
         xhat = (x - mean) * load_rstd(norm, col, N, x.dtype, BLOCK_N)
         u = xhat
-        if weight_ptr is not None:
-            u = u * load_columns(weight_ptr, col, N, x.dtype, BLOCK_N)
-        if bias_ptr is not None:
-            u = u + load_columns(bias_ptr, col, N, x.dtype, BLOCK_N)
+        if norm.weight is not None:
+            u = u * load_columns(norm.weight, col, N, x.dtype, BLOCK_N)
+        if norm.bias is not None:
+            u = u + load_columns(norm.bias, col, N, x.dtype, BLOCK_N)
         return xhat, u
 
 
@@ -62,9 +93,9 @@ def normalized_grad(
     dy, x, norm, dropout, FNS: tl.constexpr, row, col, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """du and xhat of a tile."""
+    """du and xhat of a tile. norm: `NormArgs`; dropout: `DropoutArgs`; FNS: `activation.Functions`."""
     xhat, u = normalize(x, norm, col, N, BLOCK_N)
-    return FNS[0](drop(dy, dropout, row, col, BLOCK_M, BLOCK_N), u, FNS), xhat
+    return FNS.dact_at(drop(dy, dropout, row, col, BLOCK_M, BLOCK_N), u, FNS), xhat
 
 
 @triton.jit
@@ -72,12 +103,15 @@ def _apply_kernel(
     x_ptr, y_ptr, norm, dropout, M, N, stride_xm, stride_xn,
     FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of y = dropout(act(u))."""
+    # 1. Load the tile of x that this program computes.
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True)
+    # 2. Normalise, apply activation and dropout, and store.
     _, u = normalize(x.to(ACC_DTYPE), norm, col, N, BLOCK_N)
-    y = drop(FNS[1](u), dropout, row, col, BLOCK_M, BLOCK_N)
+    y = drop(FNS.act(u), dropout, row, col, BLOCK_M, BLOCK_N)
     store_tile(y_ptr, y, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
@@ -87,13 +121,14 @@ def _grad_sums_kernel(
     stride_ym, stride_yn, stride_xm, stride_xn,
     FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums of du and du xhat over a range of rows: partial (2, splits, N)."""
+    """Sums of du and of du xhat over one range of rows, stored in partial (2, splits, N)."""
+    # 1. Find the range of rows and the columns of this program.
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles_n
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    # A column at a time: float64 costs nothing here.
+    # 2. Add up the tiles of the range. float64 is cheap here: one addition for each column of a tile.
     du_sum = tl.zeros((BLOCK_N,), tl.float64)
     du_xhat_sum = tl.zeros((BLOCK_N,), tl.float64)
     for row in range(begin, end, BLOCK_M):
@@ -102,6 +137,7 @@ def _grad_sums_kernel(
         du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
         du_sum += column_sums(du)
         du_xhat_sum += column_sums(du * xhat)
+    # 3. Store the two sums of each column.
     store_partial(partial_ptr, du_sum, du_xhat_sum, split, splits, col, N, BLOCK_N)
 
 
@@ -109,7 +145,8 @@ def _grad_sums_kernel(
 def _merge_grad_sums_kernel(
     partial_ptr, sums_ptr, dbias_ptr, dweight_ptr, N, splits, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sums of du and du xhat over all rows, as sums (2, N) and as the parameters' gradients."""
+    """Add the partial sums (2, splits, N) of all ranges; store sums (2, N), dbias (N,) and dweight (N,)."""
+    # 1. Add up the ranges, BLOCK_S at once, in order.
     col = tl.program_id(0) * BLOCK_N
     offs_n = col + tl.arange(0, BLOCK_N)
     du_sum = tl.zeros((BLOCK_N,), tl.float64)
@@ -121,6 +158,7 @@ def _merge_grad_sums_kernel(
         du_sum += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float64), axis=0)
         du_xhat = tl.load(ptrs + tl.cast(splits, tl.int64) * N, mask=mask, other=0.0)
         du_xhat_sum += tl.sum(du_xhat.to(tl.float64), axis=0)
+    # 2. Store the sums, and each gradient that has a parameter in the parameter's dtype.
     mask = offs_n < N
     store_rounded(sums_ptr, du_sum, offs_n, mask)
     store_rounded(sums_ptr + N, du_xhat_sum, offs_n, mask)
@@ -135,27 +173,25 @@ def _apply_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, norm, sums_ptr, dropout, M, N, stride_ym, stride_yn, stride_xm, stride_xn,
     FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of dx. sums (2, N): sums of du and du xhat over all rows; None for running averages."""
+    # 1. Load the tiles of dy and x, and compute du and xhat.
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     dy = load_tile(dy_ptr, row, col, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
     dx, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
+    # 2. Subtract what comes through mean and variance: sum du / M and xhat sum(du xhat) / M.
     if sums_ptr is not None:
         du_mean = load_columns(sums_ptr, col, N, ACC_DTYPE, BLOCK_N) / M
         du_xhat_mean = load_columns(sums_ptr + N, col, N, ACC_DTYPE, BLOCK_N) / M
         dx = dx - du_mean - xhat * du_xhat_mean
-    mean_ptr, _, weight_ptr, _, _ = norm
-    if mean_ptr is not None:
+    # 3. Multiply by weight and rstd, and store.
+    if norm.mean is not None:
         dx = dx * load_rstd(norm, col, N, ACC_DTYPE, BLOCK_N)
-        if weight_ptr is not None:
-            dx = dx * load_columns(weight_ptr, col, N, ACC_DTYPE, BLOCK_N)
+        if norm.weight is not None:
+            dx = dx * load_columns(norm.weight, col, N, ACC_DTYPE, BLOCK_N)
     store_tile(dx_ptr, dx, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
-
-
-def dropout_args(p: float, seed: Tensor | None, col_offset: int = 0) -> tuple[Any, ...]:
-    """What `drop` takes."""
-    return (None,) if seed is None else Dropout(p, seed, col_offset=col_offset).args()
 
 
 def _batch_norm_fwd_outputs(x: Tensor, *_: Any) -> list[Tensor]:
@@ -175,35 +211,55 @@ def batch_norm_fwd(
     seed: Tensor | None,
     col_offset: int = 0,
 ) -> list[Tensor]:
-    """[dropout(act(u))] for x (M, N), in one pass. No mean: not normalised; no seed: nothing dropped.
+    """dropout(act(u)) in one pass.
 
-    col_offset: where x begins among the columns of a matrix of which it is a part.
+    Args:
+        x: (M, N), any strides.
+        mean, var: (N,), of the columns or running averages; None: nothing is normalised.
+        weight, bias: (N,) or None.
+        eps: added to var.
+        activation: a key of `ACTIVATIONS`, or None.
+        p: probability of dropping an element, 0 <= p < 1.
+        seed: (1,) int64, determines the mask of dropout; None: nothing is dropped.
+        col_offset: column of a larger matrix at which x begins, if x is a part of it.
+
+    Returns:
+        [y], (M, N), of x's dtype.
+
+    Raises:
+        TypeError: x has no memory of its own (see `launch.check_addressable`).
     """
     (y,) = outputs = _batch_norm_fwd_outputs(x)
     launch.check_addressable(x)
     M, N = x.shape
-    norm = (mean, var, weight, bias, eps)
+    norm = NormArgs(mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
-        _apply_kernel, -(-M // block_m) * -(-N // block_n), x.device,
-        x, y, norm, dropout_args(p, seed, col_offset), M, N, *x.stride(),
+        _apply_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
+        x, y, norm, dropout_args(p, seed, col_offset=col_offset), M, N, *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_fwd", 0, (x, y, seed, *norm[:4]))
+    cost.report("batch_norm_fwd", 0, (x, y, seed, mean, var, weight, bias))
     return outputs
 
 
 def merge_grad_sums(partial: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """[sums (2, N) float64, dweight, dbias] from partial (2, splits, N): sums of du and du xhat over row ranges.
+    """Add up the partial sums of ranges of rows.
 
-    The parameters' gradients are left out where there is no parameter.
+    Args:
+        partial: (2, splits, N), sums of du and of du xhat over each range of rows.
+        weight, bias: (N,) or None, the parameters.
+
+    Returns:
+        [sums, dweight, dbias]: sums (2, N), float64, of du and of du xhat over all rows; gradients of the dtypes of the
+        parameters. A gradient is left out if its parameter is None.
     """
     _, splits, N = partial.shape
     sums = partial.new_empty(2, N, dtype=torch.float64)
     dweight, dbias = (None if parameter is None else torch.empty_like(parameter) for parameter in (weight, bias))
     launch.launch(
-        _merge_grad_sums_kernel, -(-N // MERGE_BLOCK["BLOCK_N"]), partial.device,
+        _merge_grad_sums_kernel, cdiv(N, MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, sums, dbias, dweight, N, splits, **MERGE_BLOCK,
     )  # fmt: skip
     cost.report("batch_norm_merge", 0, (partial, sums, dweight, dbias))
@@ -241,16 +297,27 @@ def batch_norm_bwd_sums(
     seed: Tensor | None,
     col_offset: int = 0,
 ) -> list[Tensor]:
-    """[sums, dweight, dbias] as `merge_grad_sums`, for dy (M, N), the gradient of `batch_norm_fwd`'s result."""
+    """The sums over rows that backward needs, and the parameters' gradients.
+
+    Args:
+        dy: (M, N), any strides, the gradient of the result of `batch_norm_fwd`.
+        x, mean, var, weight, bias, eps, activation, p, seed, col_offset: as given to `batch_norm_fwd`.
+
+    Returns:
+        [sums, dweight, dbias], as `merge_grad_sums` returns them.
+
+    Raises:
+        TypeError: dy or x has no memory of its own.
+    """
     launch.check_addressable(dy, x)
     M, N = x.shape
     block_m, block_n = pointwise_block(N)
     rows_per_split = row_splits(M, N, launch.num_sms(x.device))
-    splits = -(-M // rows_per_split)
+    splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
-        _grad_sums_kernel, splits * -(-N // block_n), x.device,
-        dy, x, partial, (mean, var, weight, bias, eps), dropout_args(p, seed, col_offset),
+        _grad_sums_kernel, splits * cdiv(N, block_n), x.device,
+        dy, x, partial, NormArgs(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset=col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
@@ -278,17 +345,29 @@ def batch_norm_bwd(
     seed: Tensor | None,
     col_offset: int = 0,
 ) -> list[Tensor]:
-    """[dx] of `batch_norm_fwd` for dy (M, N): one pass. sums: of `merge_grad_sums`; None for running averages."""
+    """The gradient of the input of `batch_norm_fwd`, in one pass.
+
+    Args:
+        dy: (M, N), any strides, the gradient of the result.
+        sums: (2, N), from `merge_grad_sums`; None if mean and var are running averages.
+        x, mean, var, weight, bias, eps, activation, p, seed, col_offset: as given to `batch_norm_fwd`.
+
+    Returns:
+        [dx], (M, N), of x's dtype.
+
+    Raises:
+        TypeError: dy or x has no memory of its own.
+    """
     (dx,) = outputs = _batch_norm_bwd_outputs(dy, x)
     launch.check_addressable(dy, x)
     M, N = x.shape
-    norm = (mean, var, weight, bias, eps)
+    norm = NormArgs(mean, var, weight, bias, eps)
     block_m, block_n = pointwise_block(N)
     launch.launch(
-        _apply_bwd_kernel, -(-M // block_m) * -(-N // block_n), x.device,
-        dy, x, dx, norm, sums, dropout_args(p, seed, col_offset), M, N, *dy.stride(), *x.stride(),
+        _apply_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
+        dy, x, dx, norm, sums, dropout_args(p, seed, col_offset=col_offset), M, N, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, *norm[:4]))
+    cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, mean, var, weight, bias))
     return outputs

@@ -1,18 +1,29 @@
-"""Pinned tile configurations, per architecture and shape class.
+"""Pinned tile configurations for each architecture and class of shapes.
 
-Nothing is tuned at run time: the same shape on the same architecture always runs the same code, so that results
-repeat bit for bit. The sm_90 choices follow from what the compiler makes of them (registers, spills, shared memory);
-tests hold every entry to that.
+Nothing is tuned at run time. The same shape on the same architecture always runs the same code, so that results repeat
+bit for bit. The choices for sm_90 are based on what the compiler makes of them (registers, spills, shared memory). The
+tests check every entry for spills and shared memory.
 """
 
 from dataclasses import dataclass
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile shape, raster and pipeline of one GEMM launch. `tma` picks the persistent TMA main loop.
+    """Tile shape, tile order and pipeline of a GEMM launch.
 
-    shared_kib: KiB of shared memory that it takes at most, whatever the epilogue and the architecture.
+    Attributes:
+        BLOCK_M, BLOCK_N, BLOCK_K: rows and columns of a tile of the output, and the step of the loop along K.
+        num_warps: warps of a program.
+        num_stages: stages of the pipeline of loads.
+        shared_kib: upper bound of the shared memory in KiB, for every epilogue and architecture.
+        tma: whether the persistent main loop with TMA loads is used.
+        GROUP_M: rows of tiles in a band; see `tile.tile_order`.
     """
 
     BLOCK_M: int
@@ -25,10 +36,11 @@ class GemmConfig:
     GROUP_M: int = 8
 
     def tiles(self, M: int, N: int) -> int:
-        return -(-M // self.BLOCK_M) * -(-N // self.BLOCK_N)
+        """Number of tiles of an (M, N) output."""
+        return cdiv(M, self.BLOCK_M) * cdiv(N, self.BLOCK_N)
 
 
-# Each list runs from the largest tile to the smallest. BLOCK_N >= 64 throughout: the bit mask packs 64 columns.
+# Each list is ordered from the largest tile to the smallest. BLOCK_N is at least 64: the bit mask packs 64 columns.
 WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=213, tma=True)
 TMA_16BIT = (
     WIDEST,
@@ -45,7 +57,7 @@ POINTER_TF32 = (
     GemmConfig(64, 64, 32, num_warps=4, num_stages=3, shared_kib=50),
     GemmConfig(16, 64, 32, num_warps=8, num_stages=3, shared_kib=21),
 )
-# Without tensor cores: products on the ordinary units, held in registers.
+# Without tensor cores, the ordinary floating-point units multiply. They take their operands from registers.
 POINTER_IEEE = (
     GemmConfig(64, 64, 32, num_warps=8, num_stages=2, shared_kib=36),
     GemmConfig(16, 64, 32, num_warps=4, num_stages=2, shared_kib=21),
@@ -56,7 +68,7 @@ ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
 TMA_MIN_FLOPS = 20_000_000_000
 MAX_SPLIT_K = 32
 MIN_K_PER_SPLIT = 256
-# What partial sums move, written and read again in 4 bytes, at most of what the operands do.
+# Upper bound of the bytes that partial sums move (written once and read once), as a share of the operands' bytes.
 MAX_PARTIAL_SHARE = 1 / 4
 
 
@@ -73,12 +85,22 @@ def select_gemm(
     num_sms: int,
     shared_kib: int,
 ) -> tuple[GemmConfig, int]:
-    """The largest pinned tile that still gives every multiprocessor one, and how many ranges K is cut into.
+    """Choose the largest pinned tile that still gives every multiprocessor a tile, and the number of ranges of K.
 
-    `tma`: the operands can be described to the TMA unit and the device has one. `heavy_epilogue`: the widest tile would
-    spill or run out of shared memory. `split_k`: partial sums over ranges of K are allowed. `num_sms`, `shared_kib`:
-    multiprocessors of the device, and the shared memory of each that one block can have.
+    Args:
+        M, N, K: sizes of the product (M, K) (K, N).
+        itemsize: bytes of an element of the operands.
+        tensor_cores: whether tensor cores multiply elements of this type.
+        tma: whether the device has a TMA unit and it can address the operands.
+        heavy_epilogue: whether the widest tile would spill or run out of shared memory.
+        split_k: whether K may be cut into ranges whose partial sums are added up afterwards.
+        num_sms: multiprocessors of the device.
+        shared_kib: KiB of shared memory that one block can have.
+
+    Returns:
+        The configuration, and the number of ranges that K is cut into.
     """
+    # 1. Take the list for this type, without the tiles that the epilogue or the device excludes.
     if itemsize == 2:
         described = [c for c in TMA_16BIT if c.shared_kib <= shared_kib and tma and 2 * M * N * K >= TMA_MIN_FLOPS]
         configs = described or POINTER_16BIT
@@ -86,9 +108,12 @@ def select_gemm(
         configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
     if heavy_epilogue:
         configs = [c for c in configs if c is not WIDEST]
+    # 2. Drop tiles that are at least twice as high or wide as the output; 64 columns are the minimum.
     fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
+    # 3. Bound the ranges of K by the bytes that their partial sums move.
     affordable = int(MAX_PARTIAL_SHARE * (M + N) * K * itemsize / (2 * M * N * max(4, itemsize)))
     max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT, affordable)) if split_k else 1
+    # 4. Take the largest tile that fills the device, and no more ranges of K than fill it.
     config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
     return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))
 
@@ -97,40 +122,48 @@ POINTWISE_ELEMENTS = 4096
 
 
 def pointwise_block(N: int) -> tuple[int, int]:
-    """Rows and columns of a tile of an elementwise pass over N columns, in whole groups of 8 columns."""
+    """Rows and columns of a tile of an elementwise pass over N columns. The columns are a multiple of 8."""
     block_n = min(128, max(16, 1 << (N - 1).bit_length()))
     return POINTWISE_ELEMENTS // block_n, block_n
 
 
-# Programs for each multiprocessor of a reduction over rows.
+# Programs for each multiprocessor in a reduction over rows.
 ROW_SPLITS_PER_SM = 4
 
 
 def row_splits(M: int, N: int, num_sms: int) -> int:
-    """Rows of each range when a reduction over M rows is split to fill the device; a multiple of the tile's rows."""
+    """Rows of each range, when a reduction over the rows of an (M, N) matrix is split to fill the device.
+
+    Returns:
+        A multiple of the rows of a tile of `pointwise_block`.
+    """
     block_m, block_n = pointwise_block(N)
-    tiles_m = -(-M // block_m)
-    splits = min(tiles_m, max(1, ROW_SPLITS_PER_SM * num_sms // -(-N // block_n)))
-    return -(-tiles_m // splits) * block_m
+    tiles_m = cdiv(M, block_m)
+    splits = min(tiles_m, max(1, ROW_SPLITS_PER_SM * num_sms // cdiv(N, block_n)))
+    return cdiv(tiles_m, splits) * block_m
 
 
 MAX_CLASSES = 4096
-# Of a tile of several rows. More spill: each row has its own maximum, sums and address.
+# Elements of a tile with several rows. Larger tiles spill: each row has its own maximum, sums and address.
 CLASS_ELEMENTS = 2048
 CLASS_ROWS = 32
-# Programs for each multiprocessor below which rows of logits are cut.
+# Rows of logits are cut into ranges of classes if there are fewer programs than this for each multiprocessor.
 RANGES_PER_SM = 4
 
 
 def class_block(C: int) -> tuple[int, int]:
-    """Rows and classes of a tile of logits: many short rows, or a part of one long one."""
+    """Rows and classes of a tile of logits (M, C): many short rows, or a part of one long row."""
     block_c = min(MAX_CLASSES, max(16, 1 << (C - 1).bit_length()))
     return max(1, min(CLASS_ROWS, CLASS_ELEMENTS // block_c)), block_c
 
 
 def classes_per_split(M: int, C: int, num_sms: int) -> int:
-    """Classes of each range when M rows of C logits are read; all of them where there are rows enough."""
+    """Classes of each range, when a pass reads M rows of C logits.
+
+    Returns:
+        A multiple of the classes of a tile of `class_block`; at least C if there are enough rows to fill the device.
+    """
     block_m, block_c = class_block(C)
-    blocks = -(-C // block_c)
-    splits = max(1, min(blocks, RANGES_PER_SM * num_sms // -(-M // block_m)))
-    return -(-blocks // splits) * block_c
+    blocks = cdiv(C, block_c)
+    splits = max(1, min(blocks, RANGES_PER_SM * num_sms // cdiv(M, block_m)))
+    return cdiv(blocks, splits) * block_c

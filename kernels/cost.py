@@ -1,6 +1,6 @@
-"""Flops and bytes of every launch: the one source for rooflines, traffic ledgers and kernel metadata.
+"""Floating-point operations and bytes of every launch, for rooflines and traffic tables.
 
-Every launcher reports here. Bytes are the minimum: each tensor of a launch is moved once.
+Every launcher reports its launches here. Bytes are the minimum: each tensor of a launch is moved once.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: its name, floating-point operations, and bytes to and from device memory."""
+    """One kernel launch.
+
+    Attributes:
+        name: label of the launch.
+        flops: floating-point operations of matrix products and reductions of partial products.
+        bytes: bytes read from and written to device memory.
+    """
 
     name: str
     flops: int
@@ -21,7 +27,7 @@ class Launch:
 
 @dataclass
 class Ledger:
-    """The launches of a stretch of code, in order."""
+    """The launches made inside a `with ledger()` block, in order."""
 
     launches: list[Launch] = field(default_factory=list)
 
@@ -39,7 +45,7 @@ _open_ledgers: list[Ledger] = []
 
 @contextmanager
 def ledger() -> Iterator[Ledger]:
-    """Collect the launches made inside the `with` block, autograd's backward threads included."""
+    """Collect the launches made inside the `with` block, also those of autograd's backward threads."""
     opened = Ledger()
     _open_ledgers.append(opened)
     try:
@@ -49,7 +55,13 @@ def ledger() -> Iterator[Ledger]:
 
 
 def report(name: str, flops: int, tensors: tuple[Tensor | None, ...]) -> None:
-    """Enter one launch that moves each of `tensors` once into every open ledger."""
+    """Add one launch to every open ledger.
+
+    Args:
+        name: label of the launch.
+        flops: floating-point operations.
+        tensors: tensors that the launch reads or writes, each counted once; None is skipped.
+    """
     if _open_ledgers:
         moved = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         for opened in _open_ledgers:

@@ -1,20 +1,30 @@
-"""Softmax cross-entropy of logits o, C of them in each row, for class indices y or class probabilities t.
+"""Softmax cross-entropy of logits o, C in each row, for class indices y or class probabilities t.
 
-    loss = a lse - b,    lse = log sum_c exp(o_c),    a = sum_c q_c,    b = sum_c q_c o_c
     q_c = w_c ((1 - s) 1[c = y] + s / C)    or    w_c ((1 - s) t_c + s / C)
-    do_c = g (a exp(o_c - lse) - q_c)
+    loss = -sum_c q_c log softmax(o)_c = sum_c q_c lse - sum_c q_c o_c,    lse = log sum_c exp(o_c)
+    do_c = g (sum_k q_k exp(o_c - lse) - q_c),  since  d lse / d o_c = exp(o_c - lse)
 
-with class weights w, label smoothing s and g the gradient of the row's loss: one pass over the logits forward, and one
-that reads and writes them backward, in float32 (float64 for float64). All is relative to the row's maximum m: kept are
-m, log sum_c exp(o_c - m) and a. Where rows are few a row is cut into ranges of classes, and what each leaves (m, sum of
-exp(o - m), b relative to m, a) is merged; ranges that lie on several devices merge alike.
+w: class weights; s: label smoothing; g: gradient of the row's loss. Forward reads the logits once. Backward reads them
+once and writes their gradient. Both compute in float32 (float64 for float64).
 
-Rows whose index is `ignore_index` count for nothing; of an index out of range nothing is read, and its loss is nan.
+Each row is described by four numbers, relative to its maximum, so that no exponential overflows:
+
+    m = max_c o_c,   total = sum_c exp(o_c - m),   b = sum_c q_c (o_c - m),   a = sum_c q_c
+    loss = a (m + log total) - (b + a m) = a log total - b
+
+If rows are few, each is cut into ranges of classes. A range gives the same four numbers, and those of two ranges are
+merged with o - m = (o - m1) + (m1 - m):
+
+    m = max(m1, m2),   total = total1 exp(m1 - m) + total2 exp(m2 - m)
+    b = b1 + a1 (m1 - m) + b2 + a2 (m2 - m),   a = a1 + a2
+
+Ranges on several devices are merged in the same way. A row whose index is `ignore_index` has loss and gradient 0. For
+an index out of range, no memory is read at that index, and the row's loss and gradient are nan.
 """
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .config import class_block, classes_per_split
+from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .tile import acc_dtype, cast, triton_acc_dtype
 
@@ -30,8 +40,12 @@ from .tile import acc_dtype, cast, triton_acc_dtype
 class Rules(NamedTuple):
     """How classes count.
 
-    weight: (classes,), contiguous, or None; the index that counts for nothing; smoothing in (0, 1], None for 0;
-    classes: of all of the row; first_class: the first of those at hand.
+    Attributes:
+        weight: (classes,), contiguous, or None.
+        ignore_index: index of rows that do not count.
+        smoothing: in (0, 1]; None for 0.
+        classes: number of classes in the whole row.
+        first_class: the first class of the given logits, if they are a part of the row.
     """
 
     weight: Tensor | None
@@ -41,51 +55,64 @@ class Rules(NamedTuple):
     first_class: int = 0
 
 
+class Results(NamedTuple):
+    """Where the results of whole rows are stored.
+
+    Attributes:
+        stats: (3, M), what backward needs of a row: m, log total and a.
+        loss: (M,), or None.
+        sums: (2, blocks of rows), float64, the sum of losses and the sum of weights of each block; or None.
+    """
+
+    stats: Tensor | None = None
+    loss: Tensor | None = None
+    sums: Tensor | None = None
+
+
 @triton.jit
-def _row_offsets(rows, S, stride_n, stride_s):
-    """Where rows of (N, C, S) logits begin: row n S + s is that of sample n at place s."""
+def row_offsets(rows, S, stride_n, stride_s):
+    """Offsets of rows of logits (N, C, S). Row n S + s is sample n at place s."""
     rows = rows.to(tl.int64)
     return (rows // S) * stride_n + (rows % S) * stride_s
 
 
 @triton.jit
-def _load_index(target_ptr, rows, row_mask, rules):
-    """Class indices, and which rows count: not those to be ignored, nor (invalid) those out of range."""
-    _, ignore_index, _, classes, _ = rules
+def load_index(target_ptr, rows, row_mask, rules):
+    """Class indices of rows, whether each row is ignored, and whether its index is in range or ignored."""
     index = tl.load(target_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-    ignored = (index == ignore_index) | (row_mask == 0)
-    valid = ((index >= 0) & (index < classes)) | ignored
+    ignored = (index == rules.ignore_index) | (row_mask == 0)
+    valid = ((index >= 0) & (index < rules.classes)) | ignored
     return index, ignored, valid
 
 
 @triton.jit
-def _weights(target, target_offs, cols, mask, rules, dtype: tl.constexpr, PROBABILITIES: tl.constexpr):
-    """The tile of q. target: indices [BLOCK_M, 1], or probabilities and their offsets."""
-    weight_ptr, _, smoothing, classes, first_class = rules
+def class_weights(target, target_offs, cols, mask, rules, dtype: tl.constexpr, PROBABILITIES: tl.constexpr):
+    """A tile of q. target: indices [BLOCK_M, 1], or a pointer to probabilities, with offsets target_offs."""
+    classes = rules.first_class + cols
     if PROBABILITIES:
         q = tl.load(target + target_offs, mask=mask, other=0.0).to(dtype)
     else:
-        q = (target == first_class + cols[None, :]).to(dtype)
-    if smoothing is not None:
-        q = q * (1 - smoothing) + smoothing / classes
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + first_class + cols, mask=first_class + cols < classes, other=0.0)
+        q = (target == classes[None, :]).to(dtype)
+    if rules.smoothing is not None:
+        q = q * (1 - rules.smoothing) + rules.smoothing / rules.classes
+    if rules.weight is not None:
+        w = tl.load(rules.weight + classes, mask=classes < rules.classes, other=0.0)
         q = q * w.to(dtype)[None, :]
     return tl.where(mask, q, 0.0)
 
 
 @triton.jit
 def _no_classes(dtype: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What an empty range leaves of each row."""
+    """m, total, b and a of a range without classes."""
     zero = tl.zeros((BLOCK_M,), dtype)
     return tl.full((BLOCK_M,), float("-inf"), dtype), zero, zero, zero
 
 
 @triton.jit
 def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
-    """Two ranges of classes as one."""
+    """m, total, b and a of the union of two ranges of classes; see the module docstring."""
     new_m = tl.maximum(m, other_m)
-    # A range of -inf alone has nothing to be relative to.
+    # Without a finite logit, m is -inf and m - m would be nan. Such differences are set to 0.
     ref = tl.where(new_m == float("-inf"), 0.0, new_m)
     shift = tl.where(m == float("-inf"), 0.0, m - ref)
     other_shift = tl.where(other_m == float("-inf"), 0.0, other_m - ref)
@@ -95,29 +122,30 @@ def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
 
 @triton.jit
 def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, PROBABILITIES: tl.constexpr):
-    """Losses of rows, or of their block one sum of losses and one of weights, and what backward needs of them."""
-    stats_ptr, loss_ptr, sums_ptr = results
+    """Store what backward needs of whole rows, and their losses or the sums of losses and weights of the block."""
+    # 1. Compute loss and weight of each row: 0 for ignored rows, nan for indices out of range.
     log_total = tl.log(tl.where(row_mask, total, 1.0))
     loss = a * log_total - b
     if PROBABILITIES:
         weight = row_mask.to(loss.dtype)
         loss = tl.where(row_mask, loss, 0.0)
     else:
-        index, ignored, valid = _load_index(target_ptr, rows, row_mask, rules)
+        index, ignored, valid = load_index(target_ptr, rows, row_mask, rules)
         loss = tl.where(ignored, 0.0, tl.where(valid, loss, float("nan")))
         weight = (ignored == 0).to(loss.dtype)
-        weight_ptr, _, _, _, _ = rules
-        if weight_ptr is not None:
+        if rules.weight is not None:
             counts = valid & (ignored == 0)
-            weight = tl.load(weight_ptr + index, mask=counts, other=0.0).to(loss.dtype)
-    tl.store(stats_ptr + rows, tl.where(m == float("-inf"), 0.0, m), mask=row_mask)
-    tl.store(stats_ptr + tl.cast(M, tl.int64) + rows, log_total, mask=row_mask)
-    tl.store(stats_ptr + tl.cast(M, tl.int64) * 2 + rows, a, mask=row_mask)
-    if loss_ptr is not None:
-        tl.store(loss_ptr + rows, cast(loss, loss_ptr.dtype.element_ty), mask=row_mask)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
-        tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
+            weight = tl.load(rules.weight + index, mask=counts, other=0.0).to(loss.dtype)
+    # 2. Store.
+    size = tl.cast(M, tl.int64)
+    tl.store(results.stats + rows, tl.where(m == float("-inf"), 0.0, m), mask=row_mask)
+    tl.store(results.stats + size + rows, log_total, mask=row_mask)
+    tl.store(results.stats + size * 2 + rows, a, mask=row_mask)
+    if results.loss is not None:
+        tl.store(results.loss + rows, cast(loss, results.loss.dtype.element_ty), mask=row_mask)
+    if results.sums is not None:
+        tl.store(results.sums + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
+        tl.store(results.sums + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
 
 
 @triton.jit
@@ -126,16 +154,17 @@ def _ranges_kernel(
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s, splits, classes_per_split,
     PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One range of classes of a block of rows: into partial (4, splits, M), or, if it is all of them, finished."""
+    """m, total, b and a of one range of a block of rows, in partial (4, splits, M); without it, finished rows."""
+    # 1. Find the rows and the range of classes of this program, and load the indices.
     rows = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(0) % splits
     row_mask = rows < M
-    offs = _row_offsets(rows, S, stride_n, stride_s)
+    offs = row_offsets(rows, S, stride_n, stride_s)
     if PROBABILITIES:
-        target_rows = _row_offsets(rows, S, target_stride_n, target_stride_s)
+        target_rows = row_offsets(rows, S, target_stride_n, target_stride_s)
         target = target_ptr
     else:
-        index, _, _ = _load_index(target_ptr, rows, row_mask, rules)
+        index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target_rows = rows
         target = index[:, None]
     m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
@@ -145,17 +174,21 @@ def _ranges_kernel(
         cols = first + tl.arange(0, BLOCK_C)
         mask = row_mask[:, None] & (cols < end)[None, :]
         ptrs = logits_ptr + offs[:, None] + cols.to(tl.int64)[None, :] * stride_c
+        # 2. Load a tile of logits and take them relative to their maxima.
         logits = tl.load(ptrs, mask=mask, other=float("-inf")).to(ACC_DTYPE)
         tile_m = tl.max(logits, axis=1)
         ref = tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
         relative = tl.where(mask, logits - ref, 0.0)
+        # 3. Compute q and sum.
         target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
-        q = _weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
-        # Only the target's logit matters to a one-hot q, whatever the others are.
-        counts = mask if PROBABILITIES or rules[2] is not None else mask & (q != 0)
+        q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
+        # For a one-hot q, skip the other logits: 0 times -inf would be nan.
+        counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
         tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
         tile_total = tl.sum(tl.where(mask, tl.exp(relative), 0.0), axis=1)
+        # 4. Merge the tile with the classes before it.
         m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
+    # 5. Store the result of the range, or finish the rows if it has all classes.
     if partial_ptr is not None:
         ptrs = partial_ptr + split.to(tl.int64) * M + rows
         size = tl.cast(splits, tl.int64) * M
@@ -172,7 +205,7 @@ def _merge_ranges_kernel(
     partial_ptr, target_ptr, rules, results, M, splits,
     PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows finished from partial (4, splits, M), in order."""
+    """Merge the ranges of partial (4, splits, M) in order, and finish the rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     size = tl.cast(splits, tl.int64) * M
@@ -189,7 +222,7 @@ def _merge_ranges_kernel(
 
 @triton.jit
 def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of all losses, or their mean by weight, and the sum of weights, from sums (2, programs) in order."""
+    """Add up sums (2, programs) in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
     loss = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, programs, BLOCK):
@@ -204,54 +237,13 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
     tl.store(weight_ptr, total_weight)
 
 
-@triton.jit
-def _cross_entropy_bwd_kernel(
-    logits_ptr, target_ptr, rules, stats_ptr, grad_ptr, total_weight_ptr, dlogits_ptr,
-    M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s,
-    out_stride_n, out_stride_c, out_stride_s, stride_grad,
-    PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_mask = rows < M
-    mask = row_mask[:, None] & (cols < C)[None, :]
-    wide = cols.to(tl.int64)[None, :]
-    ptrs = logits_ptr + _row_offsets(rows, S, stride_n, stride_s)[:, None] + wide * stride_c
-    logits = tl.load(ptrs, mask=mask, other=0.0).to(ACC_DTYPE)
-    m = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
-    log_total = tl.load(stats_ptr + tl.cast(M, tl.int64) + rows, mask=row_mask, other=0.0)
-    a = tl.load(stats_ptr + tl.cast(M, tl.int64) * 2 + rows, mask=row_mask, other=0.0)
-    grad = tl.load(grad_ptr + rows.to(tl.int64) * stride_grad, mask=row_mask, other=0.0).to(ACC_DTYPE)
-    if total_weight_ptr is not None:
-        grad = (grad.to(tl.float64) / tl.load(total_weight_ptr)).to(ACC_DTYPE)
-    if PROBABILITIES:
-        target_rows = _row_offsets(rows, S, target_stride_n, target_stride_s)
-        target = target_ptr
-    else:
-        index, ignored, valid = _load_index(target_ptr, rows, row_mask, rules)
-        target_rows = rows
-        target = index[:, None]
-        grad = tl.where(valid, grad, float("nan"))
-    target_offs = target_rows[:, None] + wide * target_stride_c
-    q = _weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
-    dlogits = grad[:, None] * (a[:, None] * tl.exp(logits - m[:, None] - log_total[:, None]) - q)
-    if not PROBABILITIES:
-        dlogits = tl.where(ignored[:, None], 0.0, dlogits)
-    ptrs = dlogits_ptr + _row_offsets(rows, S, out_stride_n, out_stride_s)[:, None] + wide * out_stride_c
-    tl.store(ptrs, cast(dlogits, dlogits_ptr.dtype.element_ty), mask=mask)
-
-
 MERGE_ROWS = 128
 REDUCE_BLOCK = 1024
 
 
-def _class_strides(target: Tensor) -> tuple[int, ...]:
-    """Of probabilities (N, C, S); class indices (N, S) are contiguous."""
+def class_strides(target: Tensor) -> tuple[int, ...]:
+    """Strides of probabilities (N, C, S). They are not used for class indices (N, S), which are contiguous."""
     return target.stride() if target.is_floating_point() else (0, 0, 0)
-
-
-Results = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _launch_ranges(
@@ -260,11 +252,11 @@ def _launch_ranges(
     launch.check_addressable(logits, target)
     N, C, S = logits.shape
     block_m, block_c = class_block(C)
-    splits = -(-C // per_split)
+    splits = cdiv(C, per_split)
     launch.launch(
-        _ranges_kernel, -(-N * S // block_m) * splits, logits.device,
-        logits, target, tuple(rules), partial, results,
-        N * S, C, S, *logits.stride(), *_class_strides(target), splits, per_split,
+        _ranges_kernel, cdiv(N * S, block_m) * splits, logits.device,
+        logits, target, rules, partial, results,
+        N * S, C, S, *logits.stride(), *class_strides(target), splits, per_split,
         PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(logits.dtype),
         BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
@@ -272,15 +264,20 @@ def _launch_ranges(
 
 
 def cross_entropy_ranges(logits: Tensor, target: Tensor, rules: Rules) -> Tensor:
-    """What a part of the classes leaves, (4, ranges, N S): maximum, sum of exp, b and a; see the head of this file.
+    """The four numbers of each range of the given classes; see the module docstring.
 
-    logits (N, C, S); target: indices (N, S) among all classes, or probabilities (N, C, S) of these. Results of other
-    parts go beside it along dimension 1.
+    Args:
+        logits: (N, C, S), any strides.
+        target: indices (N, S), contiguous, among all classes; or probabilities (N, C, S) of the given classes.
+        rules: see `Rules`.
+
+    Returns:
+        (4, ranges, N S): m, total, b and a. Results for other classes of the rows are concatenated along dimension 1.
     """
     N, C, S = logits.shape
     per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
-    partial = logits.new_empty(4, -(-C // per_split), N * S, dtype=acc_dtype(logits.dtype))
-    _launch_ranges(logits, target, rules, per_split, partial, (None, None, None))
+    partial = logits.new_empty(4, cdiv(C, per_split), N * S, dtype=acc_dtype(logits.dtype))
+    _launch_ranges(logits, target, rules, per_split, partial, Results())
     return partial
 
 
@@ -291,37 +288,43 @@ def _sums(stats: Tensor, loss: Tensor | None, programs: int) -> Tensor | None:
 def cross_entropy_merge(
     partial: Tensor, target: Tensor, rules: Rules, stats: Tensor, loss: Tensor | None
 ) -> Tensor | None:
-    """The results of `cross_entropy_rows` from those of `cross_entropy_ranges` for all classes."""
+    """`cross_entropy_rows` from the results (4, ranges, N S) of `cross_entropy_ranges` for all classes."""
     _, splits, M = partial.shape
-    programs = -(-M // MERGE_ROWS)
-    results = stats, loss, _sums(stats, loss, programs)
+    programs = cdiv(M, MERGE_ROWS)
+    results = Results(stats, loss, _sums(stats, loss, programs))
     launch.launch(
         _merge_ranges_kernel, programs, partial.device,
-        partial, target, tuple(rules), results, M, splits,
+        partial, target, rules, results, M, splits,
         PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(partial.dtype), BLOCK_M=MERGE_ROWS,
     )  # fmt: skip
     cost.report("cross_entropy_merge", 0, (partial, *results))
-    return results[2]
+    return results.sums
 
 
 def cross_entropy_rows(
     logits: Tensor, target: Tensor, rules: Rules, stats: Tensor, loss: Tensor | None
 ) -> Tensor | None:
-    """Fill stats (3, N S) and loss (N, S) for logits (N, C, S).
+    """Compute the loss of each row, or of each block of rows.
 
-    Without room for each loss returns sums (2, blocks of rows), of losses and of weights, for `cross_entropy_reduce`.
+    Args:
+        logits, target, rules: see `cross_entropy_ranges`.
+        stats: (3, N S), filled with what backward needs.
+        loss: (N, S), filled with the losses; or None.
+
+    Returns:
+        Without loss, the sums (2, blocks of rows) of losses and of weights, for `cross_entropy_reduce`; else None.
     """
     N, C, S = logits.shape
     per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
     if per_split < C:
         return cross_entropy_merge(cross_entropy_ranges(logits, target, rules), target, rules, stats, loss)
-    sums = _sums(stats, loss, -(-N * S // class_block(C)[0]))
-    _launch_ranges(logits, target, rules, per_split, None, (stats, loss, sums))
+    sums = _sums(stats, loss, cdiv(N * S, class_block(C)[0]))
+    _launch_ranges(logits, target, rules, per_split, None, Results(stats, loss, sums))
     return sums
 
 
 def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, reduction: str) -> None:
-    """Fill loss () and total_weight (), float64, from sums of blocks of rows."""
+    """Fill loss () and total_weight (), float64, from the sums of blocks of rows; reduction: "mean" or "sum"."""
     launch.launch(
         _reduce_kernel, 1, loss.device,
         sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK,
@@ -330,7 +333,7 @@ def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, reduc
 
 
 def empty_loss(like: Tensor, samples: tuple[int, int], reduction: str, float32: bool) -> Tensor:
-    """Room for the loss of (N, S) samples whose logits have the type of `like`."""
+    """An empty loss of (N, S) samples with logits of the dtype of `like`; float32: for 16-bit logits, in float32."""
     dtype = torch.float32 if float32 and like.dtype != torch.float64 else like.dtype
     return like.new_empty(samples if reduction == "none" else (), dtype=dtype)
 
@@ -359,10 +362,17 @@ def cross_entropy_fwd(
     smoothing: float,
     float32: bool,
 ) -> list[Tensor]:
-    """[loss, stats (3, N S), total weight ()] of logits (N, C, S) with any strides.
+    """The loss of logits (N, C, S) with any strides.
 
-    target: indices (N, S), contiguous, or probabilities (N, C, S); weight (C,) contiguous or None; reduction "none",
-    "sum" or "mean"; float32: a loss of 16-bit logits is float32. No weight comes of "none".
+    Args:
+        target: indices (N, S), contiguous, or probabilities (N, C, S).
+        weight: (C,), contiguous, or None.
+        ignore_index, smoothing: see `Rules`; smoothing may be 0.
+        reduction: "none", "sum" or "mean".
+        float32: whether the loss of 16-bit logits is float32.
+
+    Returns:
+        [loss, stats (3, N S), total weight (), float64]. The total weight is undefined for reduction "none".
     """
     loss, stats, total_weight = outputs = _cross_entropy_fwd_outputs(
         logits, target, weight, ignore_index, reduction, smoothing, float32
@@ -371,49 +381,4 @@ def cross_entropy_fwd(
     sums = cross_entropy_rows(logits, target, rules, stats, loss if reduction == "none" else None)
     if sums is not None:
         cross_entropy_reduce(sums, loss, total_weight, reduction)
-    return outputs
-
-
-def cross_entropy_bwd_into(
-    dlogits: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    rules: Rules,
-    stats: Tensor,
-    grad: Tensor,
-    total_weight: Tensor | None,
-) -> None:
-    """`cross_entropy_bwd` for the classes at hand; dlogits may be logits itself."""
-    launch.check_addressable(logits, target, grad)
-    N, C, S = logits.shape
-    block_m, block_c = class_block(C)
-    launch.launch(
-        _cross_entropy_bwd_kernel, -(-N * S // block_m) * -(-C // block_c), logits.device,
-        logits, target, tuple(rules), stats, grad, total_weight, dlogits,
-        N * S, C, S, *logits.stride(), *_class_strides(target), *dlogits.stride(), grad.stride(0),
-        PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(logits.dtype),
-        BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
-    cost.report("cross_entropy_bwd", 0, (logits, target, rules.weight, stats, total_weight, dlogits))
-
-
-def _cross_entropy_bwd_outputs(logits: Tensor, *_: Any) -> list[Tensor]:
-    return [logits.new_empty(logits.shape)]
-
-
-@launch.operator(_cross_entropy_bwd_outputs)
-def cross_entropy_bwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    grad: Tensor,
-    total_weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-) -> list[Tensor]:
-    """[dlogits (N, C, S)], contiguous; grad (N S,), of each row's loss, is divided by total_weight if that is given."""
-    (dlogits,) = outputs = _cross_entropy_bwd_outputs(logits)
-    rules = Rules(weight, ignore_index, smoothing or None, logits.shape[1])
-    cross_entropy_bwd_into(dlogits, logits, target, rules, stats, grad, total_weight)
     return outputs

@@ -1,47 +1,67 @@
-"""Dropout: y = x keep / (1 - p), keep a function of seed and place (see `random`). Its gradient is the same of dy."""
+"""Dropout: y = x keep / (1 - p), where keep depends on a seed and on an element's place alone (see `random.py`).
 
-from typing import Any, NamedTuple
+The gradient dx = dy keep / (1 - p) is the same function of dy.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .config import pointwise_block
+from .config import cdiv, pointwise_block
 from .random import keep_tile, threshold
 from .tile import load_tile, store_tile, triton_acc_dtype
 
 
-class Dropout(NamedTuple):
-    """Which elements are dropped, and with what probability, 0 <= p < 1.
+class DropoutArgs(NamedTuple):
+    """Arguments of `drop`.
 
-    seed: (1,) int64 on the device; stream: number of the layer among those that share the seed; row_offset, col_offset:
-    where in the whole matrix a shard begins.
+    Attributes:
+        seed: (1,) int64 on the device; None: nothing is dropped.
+        stream: number of the layer among those that share the seed.
+        row_offset, col_offset: where the shard begins in the whole matrix.
+        misaligned: None if col_offset is a multiple of 8.
+        threshold: see `random.keep_tile`.
+        scale: 1 / (1 - p).
     """
 
-    p: float
-    seed: Tensor
-    stream: int = 0
-    row_offset: int = 0
-    col_offset: int = 0
+    seed: Tensor | None = None
+    stream: int | None = None
+    row_offset: int | None = None
+    col_offset: int | None = None
+    misaligned: int | None = None
+    threshold: int | None = None
+    scale: float | None = None
 
-    def args(self) -> tuple[Any, ...]:
-        """What `drop` takes."""
-        offsets = self.row_offset, self.col_offset, self.col_offset % 8 or None
-        return self.seed, self.stream, *offsets, threshold(self.p), 1 / (1 - self.p)
+
+def dropout_args(
+    p: float, seed: Tensor | None, stream: int = 0, row_offset: int = 0, col_offset: int = 0
+) -> DropoutArgs:
+    """The arguments of `drop`.
+
+    Args:
+        p: probability of dropping an element, 0 <= p < 1.
+        seed, stream, row_offset, col_offset: see `DropoutArgs`.
+    """
+    if seed is None:
+        return DropoutArgs()
+    misaligned = col_offset % 8 or None
+    return DropoutArgs(seed, stream, row_offset, col_offset, misaligned, threshold(p), 1 / (1 - p))
 
 
 @triton.jit
 def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of x with elements dropped and the others scaled up; all of it without a seed."""
-    if dropout[0] is None:
+    """Dropout of a tile x [BLOCK_M, BLOCK_N] whose corner is (row, col). dropout: `DropoutArgs`."""
+    if dropout.seed is None:
         return x
     else:
-        seed_ptr, stream, row_offset, col_offset, misaligned, threshold, scale = dropout
         keep = keep_tile(
-            seed_ptr, stream, row_offset + row, col_offset + col, threshold, BLOCK_M, BLOCK_N, misaligned is None
+            dropout.seed, dropout.stream, dropout.row_offset + row, dropout.col_offset + col, dropout.threshold,
+            BLOCK_M, BLOCK_N, dropout.misaligned is None,
         )  # fmt: skip
-        return tl.where(keep, x * scale, 0.0)
+        return tl.where(keep, x * dropout.scale, 0.0)
 
 
 @triton.jit
@@ -67,15 +87,25 @@ def _dropout_outputs(
 def dropout(
     x: Tensor, p: float, seed: Tensor, stream: int = 0, row_offset: int = 0, col_offset: int = 0
 ) -> list[Tensor]:
-    """[x keep / (1 - p)] for x (M, N) with any strides, 0 <= p < 1; see `Dropout`."""
+    """Dropout of a matrix.
+
+    Args:
+        x: (M, N), any strides.
+        p, seed, stream, row_offset, col_offset: see `dropout_args`.
+
+    Returns:
+        [x keep / (1 - p)], (M, N), of x's dtype.
+
+    Raises:
+        TypeError: x has no memory of its own (see `launch.check_addressable`).
+    """
     (y,) = outputs = _dropout_outputs(x, p, seed)
     launch.check_addressable(x)
     M, N = x.shape
-    chosen = Dropout(p, seed, stream, row_offset, col_offset)
     block_m, block_n = pointwise_block(N)
     launch.launch(
-        _dropout_kernel, -(-M // block_m) * -(-N // block_n), x.device,
-        x, y, chosen.args(), M, N, *x.stride(),
+        _dropout_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
+        x, y, dropout_args(p, seed, stream, row_offset, col_offset), M, N, *x.stride(),
         ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("dropout", 0, (x, y, seed))

@@ -1,46 +1,114 @@
-"""What happens to a GEMM tile between the accumulator and memory.
+"""Epilogues: what happens to a GEMM tile between the accumulator and memory.
 
-An epilogue takes the accumulator tile `[BLOCK_M, BLOCK_N]`, a tuple of its own arguments, a tuple of device functions
-(the activation first) and the tile's corner, may store side results, and returns the tile to be stored. Optional
-tensors are None.
+An epilogue is a device function of the accumulator tile [BLOCK_M, BLOCK_N], of its own arguments (one of the named
+tuples below, in which optional tensors may be None), of the device functions of an activation (`activation.Functions`)
+and of the corner of the tile. It returns the tile that the GEMM stores. It may also store other results.
 
-The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row stands for
-column 64 j + 8 i + l. A thread of a tensor-core layout owns whole bytes of it, so packing needs no shuffles.
+Registers cannot hold a second tile of the same size beside the accumulator. An epilogue that loads or stores one works
+on one half of the tile after the other (`_in_halves`).
+
+The bit mask of an (M, N) matrix is an (M, 8 ceil(N / 64)) uint8 matrix: bit i of byte 8 j + l of a row is the boolean
+of column 64 j + 8 i + l. In the layouts of tensor cores, one thread holds all columns of a byte, so that packing needs
+no exchange between threads.
 """
-# pyright: reportGeneralTypeIssues=false
-# (the checker takes a @triton.jit function that unpacks a result for one that never returns)
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (the checker takes a @triton.jit function that unpacks a result for one that never returns, and sees no fields of a
+# constexpr)
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .batch_norm import normalize, normalized_grad
+from .activation import Functions
+from .batch_norm import NormArgs, normalize, normalized_grad
+from .config import cdiv
+from .dropout import DropoutArgs
 from .moments import column_sums, store_partial, tile_moments
 from .tile import cast, rounded, tile_pointers
 
 
 class Epilogue(NamedTuple):
-    """A tile function, its arguments and device functions, and whether it needs many registers of its own.
+    """An epilogue with its arguments and functions.
 
-    With `column_sums` the GEMM adds an argument, (2, tiles along M, N), in which the function leaves two results for
-    the columns of each tile.
+    Attributes:
+        tile_fn: the device function.
+        args: its arguments.
+        fns: device functions of an activation.
+        heavy: whether it needs so many registers that the widest tile would spill.
+        column_sums: whether it stores two results per column of a tile in args.partial, (2, tiles along M, N), which
+            the GEMM allocates.
     """
 
     tile_fn: Any
-    args: tuple[Any, ...] = ()
-    fns: tuple[Any, ...] = ()
+    args: Any = None
+    fns: Functions = Functions()
     heavy: bool = False
     column_sums: bool = False
 
 
+class BiasArgs(NamedTuple):
+    """Arguments of `bias_act`. bias: (N,) or None."""
+
+    bias: Tensor | None
+
+
+class BiasSavingArgs(NamedTuple):
+    """Arguments of `bias_act_bitmask` and `bias_act_preact`. saved: the bit mask, or the preactivation (M, N)."""
+
+    bias: Tensor | None
+    saved: Tensor
+    stride_saved: int
+
+
+class SavedArgs(NamedTuple):
+    """Arguments of `dact_bitmask` and `dact_saved`. saved: what forward kept of the layer below."""
+
+    saved: Tensor
+    stride_saved: int
+
+
+class BiasMomentsArgs(NamedTuple):
+    """Arguments of `bias_moments`. stored: the GEMM's output, to whose dtype values are rounded before the moments."""
+
+    bias: Tensor | None
+    stored: Tensor
+    partial: Tensor | None = None
+
+
+class BiasNormArgs(NamedTuple):
+    """Arguments of `bias_norm_act`."""
+
+    bias: Tensor | None
+    norm: NormArgs
+
+
+class DnormArgs(NamedTuple):
+    """Arguments of `dnorm`. x: (M, N), the preactivation that the layer below normalised."""
+
+    x: Tensor
+    stride_x: int
+    norm: NormArgs
+    dropout: DropoutArgs
+    partial: Tensor | None = None
+
+
+class AddArgs(NamedTuple):
+    """Arguments of `add_to`. addend: (M, N), added to the product."""
+
+    addend: Tensor
+    stride_addend: int
+
+
 def bitmask_width(N: int) -> int:
     """Bytes per row of the bit mask of N columns."""
-    return -(-N // 64) * 8
+    return cdiv(N, 64) * 8
 
 
 @triton.jit
 def _pack_bits(active, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Bytes of the bit mask of a tile of booleans, [BLOCK_M, BLOCK_N // 8]."""
     bits = tl.reshape(active.to(tl.int32), (BLOCK_M, BLOCK_N // 64, 8, 8))
     packed = tl.sum(bits << tl.arange(0, 8)[None, None, :, None], axis=2)
     return tl.reshape(packed, (BLOCK_M, BLOCK_N // 8)).to(tl.uint8)
@@ -48,6 +116,7 @@ def _pack_bits(active, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _unpack_bits(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile of booleans [BLOCK_M, BLOCK_N] of bytes of the bit mask."""
     grouped = tl.reshape(packed.to(tl.int32), (BLOCK_M, BLOCK_N // 64, 1, 8))
     bits = (grouped >> tl.arange(0, 8)[None, None, :, None]) & 1
     return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
@@ -63,14 +132,15 @@ def _add_bias(acc, bias_ptr, col, N, BLOCK_N: tl.constexpr):
         return acc + bias.to(acc.dtype)[None, :]
 
 
-# A second activation-sized tile beside the accumulator spills; half of one at a time does not.
 @triton.jit
 def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _whole(left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile of two halves."""
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
 
 
@@ -78,6 +148,7 @@ def _whole(left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _in_halves(
     half: tl.constexpr, acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
+    """Apply the epilogue `half` to the left and then to the right half of a tile."""
     left, right = _halves(acc, BLOCK_M, BLOCK_N)
     left = half(left, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N // 2)
     right = half(right, args, FNS, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
@@ -86,89 +157,96 @@ def _in_halves(
 
 @triton.jit
 def identity(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The product."""
     return acc
 
 
 @triton.jit
 def bias_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return FNS[0](_add_bias(acc, args[0], col, N, BLOCK_N))
+    """act(product + bias)."""
+    return FNS.act(_add_bias(acc, args.bias, col, N, BLOCK_N))
 
 
 @triton.jit
 def bias_act_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, bits_ptr, stride_bits = args
-    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
-    packed = _pack_bits(FNS[1](preact), BLOCK_M, BLOCK_N)
-    ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
+    """act(product + bias). The booleans of its derivative are stored in args.saved, the bit mask."""
+    preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
+    packed = _pack_bits(FNS.active(preact), BLOCK_M, BLOCK_N)
+    stride = args.stride_saved
+    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, stride, stride, 1, BLOCK_M, BLOCK_N // 8)
     tl.store(ptrs, packed, mask=mask)
-    return FNS[0](preact)
+    return FNS.act(preact)
 
 
 @triton.jit
 def bias_act_preact(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """act(product + bias). The preactivation is stored in args.saved."""
     return _in_halves(_bias_act_preact_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _bias_act_preact_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, preact_ptr, stride_preact = args
-    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
-    ptrs, mask = tile_pointers(preact_ptr, row, col, M, N, stride_preact, 1, BLOCK_M, BLOCK_N)
-    tl.store(ptrs, cast(preact, preact_ptr.dtype.element_ty), mask=mask)
-    return FNS[0](preact)
+    preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
+    ptrs, mask = tile_pointers(args.saved, row, col, M, N, args.stride_saved, 1, BLOCK_M, BLOCK_N)
+    tl.store(ptrs, cast(preact, args.saved.dtype.element_ty), mask=mask)
+    return FNS.act(preact)
 
 
 @triton.jit
 def dact_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bits_ptr, stride_bits = args
-    ptrs, mask = tile_pointers(bits_ptr, row, col // 8, M, stride_bits, stride_bits, 1, BLOCK_M, BLOCK_N // 8)
+    """The product times the derivative of the activation below, read from its bit mask."""
+    stride = args.stride_saved
+    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, stride, stride, 1, BLOCK_M, BLOCK_N // 8)
     packed = tl.load(ptrs, mask=mask, other=0)
-    return FNS[0](acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
+    return FNS.dact(acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
 
 
 @triton.jit
 def dact_saved(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The product times the derivative of the activation below, computed from what it kept."""
     return _in_halves(_dact_saved_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    saved_ptr, stride_saved = args
-    ptrs, mask = tile_pointers(saved_ptr, row, col, M, N, stride_saved, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.saved, row, col, M, N, args.stride_saved, 1, BLOCK_M, BLOCK_N)
     saved = tl.load(ptrs, mask=mask, other=0.0)
-    return FNS[0](acc, saved.to(acc.dtype))
+    return FNS.dact(acc, saved.to(acc.dtype))
 
 
 @triton.jit
 def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Mean and squared deviations of the preactivation's columns, as it is stored in type FNS[0], on the way."""
+    """product + bias. Mean and sum of squared deviations of the tile's columns are stored in args.partial."""
     return _in_halves(_bias_moments_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _bias_moments_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, partial_ptr = args
-    preact = _add_bias(acc, bias_ptr, col, N, BLOCK_N)
-    mean, m2 = tile_moments(rounded(preact, FNS[0]), tl.minimum(M - row, BLOCK_M), BLOCK_M)
-    store_partial(partial_ptr, mean, m2, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
+    preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
+    stored = rounded(preact, args.stored.dtype.element_ty)
+    mean, m2 = tile_moments(stored, tl.minimum(M - row, BLOCK_M), BLOCK_M)
+    store_partial(args.partial, mean, m2, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
     return preact
 
 
 @triton.jit
 def bias_norm_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """act(u), where u is the normalised product + bias; see `batch_norm.normalize`."""
     return _in_halves(_bias_norm_act_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _bias_norm_act_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    bias_ptr, norm = args
-    _, u = normalize(_add_bias(acc, bias_ptr, col, N, BLOCK_N), norm, col, N, BLOCK_N)
-    return FNS[1](u)
+    _, u = normalize(_add_bias(acc, args.bias, col, N, BLOCK_N), args.norm, col, N, BLOCK_N)
+    return FNS.act(u)
 
 
 @triton.jit
 def dnorm(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """du of the block below, which normalised x, if it did; then sums of du and du xhat over the rows, on the way."""
+    """The gradient du of the layer below, which normalised x, before it passes the normalisation; see `batch_norm`.
+
+    If there is a normalisation, sums of du and du xhat over the tile's rows are stored in args.partial.
+    """
     return _in_halves(_dnorm_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
@@ -179,25 +257,23 @@ def _dnorm_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.conste
 
 @triton.jit
 def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    x_ptr, stride_x, norm, dropout, partial_ptr = args
-    ptrs, mask = tile_pointers(x_ptr, row, col, M, N, stride_x, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.x, row, col, M, N, args.stride_x, 1, BLOCK_M, BLOCK_N)
     x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
-    du, xhat = normalized_grad(acc, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
-    if partial_ptr is not None:
-        stored = rounded(du, x_ptr.dtype.element_ty)
+    du, xhat = normalized_grad(acc, x, args.norm, args.dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
+    if args.partial is not None:
+        stored = rounded(du, args.x.dtype.element_ty)
         du_sum, du_xhat_sum = column_sums(stored), column_sums(stored * xhat)
-        store_partial(partial_ptr, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
+        store_partial(args.partial, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
     return du
 
 
 @triton.jit
 def add_to(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Add to what is there already."""
+    """The product plus another matrix, such as a sum that is continued."""
     return _in_halves(_add_to_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _add_to_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    there_ptr, stride = args
-    ptrs, mask = tile_pointers(there_ptr, row, col, M, N, stride, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.addend, row, col, M, N, args.stride_addend, 1, BLOCK_M, BLOCK_N)
     return acc + tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)

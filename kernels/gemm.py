@@ -1,8 +1,11 @@
-"""The GEMM kernel: out = epilogue(a @ b), a (M, K), b (K, N), out (M, N), and optionally the row sums of a.
+"""The GEMM kernel: out = epilogue(a @ b), with a (M, K), b (K, N), out (M, N), and optionally the row sums of a.
 
-Forward is a = x, b = w^T; dgrad is a = dz, b = w; wgrad is a = dz^T, b = x, whose row sums are the bias gradient.
-Transposes are views. The kernel is persistent: each program walks output tiles with a stride of the grid; a grid of
-one program per tile is the special case that the pointer path launches.
+    forward     a = x, b = w^T
+    dgrad       a = dz, b = w
+    wgrad       a = dz^T, b = x; the row sums of a are the gradient of the bias
+
+Transposes are views. The kernel is persistent: each program computes output tiles one grid size apart. Without TMA
+there is one program for each tile.
 """
 
 import functools
@@ -18,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, cost, launch
+from .activation import Functions
+from .config import cdiv
 from .epilogue import Epilogue, identity
 from .tile import acc_dtype, cast, matmul_tile, store_tile, tile_order, triton_acc_dtype
 
@@ -31,11 +36,13 @@ def _gemm_kernel(
     TMA: tl.constexpr, OUT_TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Tiles of out, or with SPLIT_K > 1 partial sums of tiles over ranges of K, stored stride_split apart."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     k_per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-    # Flattened, the loads of the next tile run under the epilogue of this one; that needs every tile's K to be alike.
+    # 1. Take one tile and one range of K after the other. `flatten` makes one loop of this loop and the loop over K, so
+    #    that the epilogue overlaps with the loads of the next tile. It needs equally many steps of K for every tile.
     for work in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=TMA):
         split = work // tiles
         pid_m, pid_n = tile_order(work % tiles, tiles_m, tiles_n, GROUP_M)
@@ -43,7 +50,7 @@ def _gemm_kernel(
         col = pid_n * BLOCK_N
         k_begin = 0 if SPLIT_K == 1 else split * k_per_split
         k_end = K if SPLIT_K == 1 else tl.minimum(k_begin + k_per_split, K)
-        # Only the first column of tiles sums rows: a second copy of the loop keeps the branch out of the pipeline.
+        # 2. Multiply. Only the tiles of the first columns sum rows. A separate loop for them has no branch inside.
         if row_sum_ptr is not None and pid_n == 0:
             acc, row_sum = matmul_tile(
                 a, b, row, col, k_begin, k_end, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
@@ -57,32 +64,51 @@ def _gemm_kernel(
                 a, b, row, col, k_begin, k_end, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
                 BLOCK_M, BLOCK_N, BLOCK_K, TMA, A_ROW_MAJOR, B_ROW_MAJOR, ACC_DTYPE, INPUT_PRECISION, False,
             )  # fmt: skip
+        # 3. Apply the epilogue and store.
         tile = EPILOGUE(acc, epilogue_args, EPILOGUE_FNS, row, col, M, N, BLOCK_M, BLOCK_N)
         dst = out if SPLIT_K == 1 else out + split.to(tl.int64) * stride_split
         store_tile(dst, tile, row, col, M, N, stride_om, BLOCK_M, BLOCK_N, OUT_TMA)
 
 
+class SplitProduct(NamedTuple):
+    """A product whose K was cut into ranges, as the reducing kernel takes it.
+
+    Attributes:
+        partial: (splits, numel), partial sums; the first out_numel of a row belong to out, the rest to row_sum.
+        out: (M, N), contiguous.
+        row_sum: (M,), or None.
+        out_numel, numel, splits: sizes of out and of partial.
+    """
+
+    partial: Tensor
+    out: Tensor
+    row_sum: Tensor | None
+    out_numel: int
+    numel: int
+    splits: int
+
+
 @triton.jit
 def _split_k_reduce_kernel(parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """For each of the PARTS `parts`, sum the partial results (splits, numel) in order.
-
-    The first out_numel are out's, the rest row_sum's.
-    """
+    """Add up the partial sums of PARTS products (`SplitProduct`), in order."""
     first = 0
     for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        partial_ptr, out_ptr, row_sum_ptr, out_numel, numel, splits = parts[i]
+        # 1. Find out whether this program's block lies in this product.
+        part = parts[i]
         block = tl.program_id(0) - first
-        first += tl.cdiv(numel, BLOCK)
+        first += tl.cdiv(part.numel, BLOCK)
         if block >= 0 and tl.program_id(0) < first:
+            # 2. Add up the ranges of K.
             offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-            for split in range(splits):
-                total += tl.load(partial_ptr + split * numel + offs, mask=offs < numel, other=0.0)
-            tl.store(out_ptr + offs, cast(total, out_ptr.dtype.element_ty), mask=offs < out_numel)
-            if row_sum_ptr is not None:
-                offs_row = offs - out_numel
-                mask = (offs_row >= 0) & (offs < numel)
-                tl.store(row_sum_ptr + offs_row, cast(total, row_sum_ptr.dtype.element_ty), mask=mask)
+            total = tl.zeros((BLOCK,), dtype=part.partial.dtype.element_ty)
+            for split in range(part.splits):
+                total += tl.load(part.partial + split * part.numel + offs, mask=offs < part.numel, other=0.0)
+            # 3. Store the elements of out, and those of row_sum, which follow them.
+            tl.store(part.out + offs, cast(total, part.out.dtype.element_ty), mask=offs < part.out_numel)
+            if part.row_sum is not None:
+                offs_row = offs - part.out_numel
+                mask = (offs_row >= 0) & (offs < part.numel)
+                tl.store(part.row_sum + offs_row, cast(total, part.row_sum.dtype.element_ty), mask=mask)
 
 
 IDENTITY = Epilogue(identity)
@@ -90,11 +116,16 @@ REDUCE_BLOCK = 1024
 
 
 def is_row_major(x: Tensor) -> bool:
+    """Whether the rows of the matrix are contiguous."""
     return x.stride(1) == 1
 
 
 def can_describe(x: Tensor) -> bool:
-    """Whether the TMA unit can address the matrix x: one contiguous dimension, all else in multiples of 16 bytes."""
+    """Whether the TMA unit can address the matrix x.
+
+    It needs elements of 2 bytes (for the tiles used here), one contiguous dimension, and a start and a row pitch that
+    are multiples of 16 bytes.
+    """
     pitch = x.stride(0) if is_row_major(x) else x.stride(1)
     return (
         x.element_size() == 2
@@ -106,7 +137,7 @@ def can_describe(x: Tensor) -> bool:
 
 
 def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A TMA descriptor of x, or of its transpose if that is the one with a contiguous last dimension."""
+    """A TMA descriptor of x or, if x is column-major, of its transpose. block: rows and columns of a tile of x."""
     if is_row_major(x):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
     x = x.t()
@@ -115,7 +146,17 @@ def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """All of a GEMM launch that does not depend on where its tensors lie."""
+    """The part of a GEMM launch that does not depend on the addresses of its tensors.
+
+    Attributes:
+        programs: number of programs of the launch.
+        split_k: number of ranges that K is cut into.
+        block: BLOCK_M, BLOCK_N and BLOCK_K.
+        tma: whether a and b are passed as TMA descriptors.
+        out_tma: whether out is.
+        acc_dtype: dtype of the accumulator.
+        meta: constexprs and compiler options of the kernel.
+    """
 
     programs: int
     split_k: int
@@ -130,8 +171,19 @@ class GemmPlan:
 def plan_gemm(
     M: int, N: int, K: int, dtype: torch.dtype, a_row_major: bool, b_row_major: bool,
     describable: bool, out_describable: bool,
-    tile_fn: Any, fns: tuple[Any, ...], heavy_epilogue: bool, tf32: bool, device: torch.device,
+    tile_fn: Any, fns: Functions, heavy_epilogue: bool, tf32: bool, device: torch.device,
 ) -> GemmPlan:  # fmt: skip
+    """Plan the launch of a GEMM (M, K) (K, N).
+
+    Args:
+        M, N, K: sizes of the product.
+        dtype: of the operands.
+        a_row_major, b_row_major: see `is_row_major`.
+        describable, out_describable: whether the TMA unit can address both operands, and out.
+        tile_fn, fns, heavy_epilogue: see `Epilogue`.
+        tf32: whether float32 operands are rounded to TF32.
+        device: of the tensors.
+    """
     tensor_cores = dtype.itemsize == 2 or tf32
     tile, split_k = config.select_gemm(
         M, N, K,
@@ -173,7 +225,13 @@ def plan_gemm(
 
 
 class Unreduced(NamedTuple):
-    """Partial results (splits, numel) of a product that was split along K, and where their sums go."""
+    """A product whose partial sums over ranges of K have not been added up yet.
+
+    Attributes:
+        name: label of the launch in ledgers.
+        partial: (splits, numel), the partial sums.
+        out, row_sum: where the totals go; see `gemm`.
+    """
 
     name: str
     partial: Tensor
@@ -182,14 +240,21 @@ class Unreduced(NamedTuple):
 
 
 def reduce_splits(unreduced: Sequence[Unreduced]) -> None:
-    """Add up, in order and in one launch, what split products left in parts."""
+    """Add up the partial sums of several products in one launch, in a fixed order."""
     if not unreduced:
         return
     parts = tuple(
-        (partial, out, row_sum, out.numel(), partial.shape[1], partial.shape[0])
-        for _, partial, out, row_sum in unreduced
+        SplitProduct(
+            partial=each.partial,
+            out=each.out,
+            row_sum=each.row_sum,
+            out_numel=each.out.numel(),
+            numel=each.partial.shape[1],
+            splits=each.partial.shape[0],
+        )
+        for each in unreduced
     )
-    programs = sum(-(-numel // REDUCE_BLOCK) for *_, numel, _ in parts)
+    programs = sum(cdiv(part.numel, REDUCE_BLOCK) for part in parts)
     launch.launch(
         _split_k_reduce_kernel, programs, unreduced[0].out.device, parts, PARTS=len(parts), BLOCK=REDUCE_BLOCK
     )
@@ -206,12 +271,22 @@ def gemm(
     row_sum: Tensor | None = None,
     unreduced: list[Unreduced] | None = None,
 ) -> tuple[Tensor, int] | None:
-    """out = epilogue(a @ b) and, if asked for, row_sum = a @ 1.
+    """Compute out = epilogue(a @ b) and, if row_sum is given, row_sum = a @ 1.
 
-    a is (M, K) and b is (K, N), of one dtype and with any strides; out is (M, N), contiguous or, under another epilogue
-    than the identity, with rows of any pitch; row_sum is a contiguous (M,). Only the identity can be split along K.
-    `name` labels the launch in ledgers. Returns an epilogue's column sums and of how many rows each is. Results that a
-    split left in parts are added up at once, or noted in `unreduced` for a later `reduce_splits`.
+    Args:
+        name: label of the launch in ledgers.
+        a: (M, K), any strides.
+        b: (K, N), of a's dtype, any strides.
+        out: (M, N), is filled. Contiguous for the identity; for other epilogues its rows may be any distance apart.
+        epilogue: see `Epilogue`. Only for the identity can K be cut into ranges.
+        row_sum: (M,), contiguous, is filled; or None.
+        unreduced: takes a product whose K was cut, for a later `reduce_splits`; None: it is reduced at once.
+
+    Returns:
+        The column sums (2, tiles along M, N) of the epilogue and the number of rows of each tile, or None without them.
+
+    Raises:
+        TypeError: a or b has no memory of its own (see `launch.check_addressable`).
     """
     (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
@@ -228,8 +303,8 @@ def gemm(
     block_m, block_n, block_k = plan.block
     column_sums = None
     if epilogue.column_sums:
-        column_sums = torch.empty(2, -(-M // block_m), N, dtype=plan.acc_dtype, device=a.device)
-    epilogue_args = epilogue.args if column_sums is None else (*epilogue.args, column_sums)
+        column_sums = torch.empty(2, cdiv(M, block_m), N, dtype=plan.acc_dtype, device=a.device)
+    epilogue_args = epilogue.args if column_sums is None else epilogue.args._replace(partial=column_sums)
     launch.launch(
         _gemm_kernel, plan.programs, a.device,
         describe(a, (block_m, block_k)) if plan.tma else a,

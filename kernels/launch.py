@@ -1,9 +1,9 @@
-"""Which backend serves a tensor, what arguments must be, and how a kernel is launched."""
+"""Choice of the backend for given tensors, and the launch of kernels."""
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads the variable when a kernel is decorated, so one answer holds for the whole process.
+# Triton reads the variable when a kernel is decorated, so it is fixed for the whole process.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 Backend = Literal["auto", "triton", "torch"]
@@ -30,9 +30,13 @@ _requested: Backend = _checked_backend(os.environ.get("FUSEMLP_BACKEND", "auto")
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Have "triton" or "torch" serve every tensor inside the `with` block, or let "auto" choose.
+    """Have one backend serve every tensor inside the `with` block, in the whole process, also in autograd's threads.
 
-    Holds for the whole process, autograd's threads included. Raises ValueError for another name.
+    Args:
+        name: "triton" or "torch"; or "auto", which chooses for each operation (see `explain`).
+
+    Raises:
+        ValueError: another name.
     """
     global _requested
     before, _requested = _requested, _checked_backend(name, "backend")
@@ -44,16 +48,21 @@ def backend(name: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The code that serves an operation, and why."""
+    """The backend that serves an operation, and the reason."""
 
     backend: Literal["triton", "torch"]
     reason: str
 
 
 def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
-    """Which code serves an operation on these tensors, and why; `product`: a matrix product, else a pass over them.
+    """Which backend serves an operation on these tensors, and why.
 
-    Raises RuntimeError if the Triton backend was asked for by name and cannot run on them.
+    Args:
+        tensors: what the operation takes; the first is not None.
+        product: whether the operation is a matrix product; else it is an elementwise pass or a reduction.
+
+    Raises:
+        RuntimeError: the Triton backend was asked for by name and cannot run on these tensors.
     """
     given = [t for t in tensors if t is not None]
     first = given[0]
@@ -83,7 +92,13 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
 
 @torch.compiler.assume_constant_result
 def best_on_gpu(dtype: torch.dtype, device: torch.device, product: bool = True) -> Choice:
-    """The better code for operations on this dtype on a CUDA device, and why."""
+    """The faster backend for operations on a CUDA device, and why.
+
+    Args:
+        dtype: of the tensors.
+        device: a CUDA device.
+        product: see `explain`.
+    """
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice("torch", "kernels need compute capability 8.0")
     if not product:
@@ -98,111 +113,18 @@ def best_on_gpu(dtype: torch.dtype, device: torch.device, product: bool = True) 
 def tf32_allowed() -> bool:
     """Whether float32 products may be rounded to TF32.
 
-    By torch.set_float32_matmul_precision, torch.backends.cuda.matmul.allow_tf32 or fp32_precision, which knows of all:
-    asking one of the others fails once it has been set.
+    It is set by torch.set_float32_matmul_precision, torch.backends.cuda.matmul.allow_tf32 or fp32_precision. The last
+    one reflects all three. Reading one of the others fails once fp32_precision has been set.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def check_tensors(input: Any, layers: Sequence[Any]) -> None:
-    """Refuse what is no tensor with a TypeError that names it; a bias may be None."""
-    params = [given for layer in layers for given in (("weight", layer.weight), ("bias", layer.bias))]
-    for name, value in (("input", input), *params):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"{name}: {type(value).__name__}; must be a torch.Tensor")
-
-
-def _check_dtype(input: Tensor) -> None:
-    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
-
-
-def _check_activation(activation: str | None, activations: Collection[str | None]) -> None:
-    if activation not in activations:
-        raise ValueError(f"activation: {activation!r}; allowed are {', '.join(map(repr, activations))}")
-
-
-def check_probability(p: float) -> None:
-    """Refuse what is no probability of dropping with a ValueError."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: {p}; must be between 0 and 1")
-
-
-def check_norm(input: Any, norm: Any, activation: str | None, activations: Collection[str | None]) -> None:
-    """Refuse what batch normalisation (a `Norm`, or None) and an activation cannot compute, naming the argument.
-
-    input (N, C, *), more than one value for each channel if it is normalised by them; parameters and running averages
-    (C,), in input's dtype or, beside a 16-bit one, in float32. Raises TypeError and ValueError as `check_linear_chain`.
-    """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: {type(input).__name__}; must be a torch.Tensor")
-    _check_dtype(input)
-    _check_activation(activation, activations)
-    if norm is None or input.numel() == 0:  # which PyTorch serves, and judges
-        return
-    if input.dim() < 2:
-        raise ValueError(f"input: shape {tuple(input.shape)}; expected (N, C, *)")
-    check_norm_of(norm, input.shape[1], input.numel() // max(1, input.shape[1]), input)
-
-
-def check_norm_of(norm: Any, channels: int, values: int, like: Tensor) -> None:
-    """Refuse what cannot normalise so many channels of so many values each, of the dtype and device of `like`."""
-    absent = norm.running_mean is None
-    if absent != (norm.running_var is None) or (absent and not norm.batch_stats):
-        missing = "running_mean" if absent else "running_var"
-        raise ValueError(f"{missing}: None; without training both running_mean and running_var are needed, else none")
-    if norm.batch_stats and channels and values == 1:
-        raise ValueError("input: expected more than 1 value per channel when training")
-    if norm.batch_stats and norm.momentum is None and norm.batches is None and norm.running_mean is not None:
-        raise TypeError("momentum: None; must be a number where no batches are counted")
-    allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        given = getattr(norm, name)
-        if given is None:
-            continue
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: {type(given).__name__}; must be a torch.Tensor")
-        if given.shape != (channels,):
-            raise ValueError(f"{name}: shape {tuple(given.shape)}; expected (C,) = ({channels},)")
-        if given.dtype not in allowed:
-            raise TypeError(f"{name}: dtype {given.dtype}; allowed are {', '.join(sorted(map(str, allowed)))}")
-        if given.device != like.device:
-            raise ValueError(f"{name}: on {given.device}; must be on input's device, {like.device}")
-
-
-def check_linear_chain(input: Tensor, layers: Sequence[Any], activations: Collection[str | None]) -> None:
-    """Refuse what a chain of layers (`Layer`) cannot compute, naming the argument.
-
-    input (*, in_features), weight (out_features, in_features), bias (out_features,) or None: of one floating dtype, on
-    one device. Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or activation.
-    """
-    _check_dtype(input)
-    features = input.shape[-1] if input.dim() else None
-    for weight, bias, activation, norm, *_ in layers:
-        _check_activation(activation, activations)
-        if weight.dim() != 2:
-            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (out_features, in_features)")
-        if features != weight.shape[1]:
-            raise ValueError(
-                f"input: shape {tuple(input.shape)}; a weight of shape {tuple(weight.shape)} takes "
-                f"in_features = {weight.shape[1]}, and gets {features}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: shape {tuple(bias.shape)}; expected (out_features,) = ({weight.shape[0]},)")
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            if parameter is None:
-                continue
-            if parameter.dtype != input.dtype:
-                raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} (see torch.autocast)")
-            if parameter.device != input.device:
-                raise ValueError(f"{name}: on {parameter.device}; must be on input's device, {input.device}")
-        features = weight.shape[0]
-        if norm is not None:
-            check_norm_of(norm, features, len(input), input)
-
-
 def check_addressable(*tensors: Tensor) -> None:
-    """Refuse tensors without memory of their own (DTensor, fake and asynchronous ones): a kernel takes pointers."""
+    """Check that a kernel can be given pointers to the tensors.
+
+    Raises:
+        TypeError: a tensor has no memory of its own, such as a DTensor, a fake or an asynchronous tensor.
+    """
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"{type(t).__name__} has no memory to point a kernel at; pass its local tensor")
@@ -210,13 +132,13 @@ def check_addressable(*tensors: Tensor) -> None:
 
 @functools.lru_cache
 def has_tma(device: torch.device) -> bool:
-    """Whether the device copies tiles with the TMA unit (the interpreter emulates one)."""
+    """Whether the device has a TMA unit, which copies tiles. The interpreter emulates one."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache
 def shared_kib(device: torch.device) -> int:
-    """KiB of shared memory that one block can have. The interpreter pretends to have what an H100 has."""
+    """KiB of shared memory that one block can have. The interpreter reports that of an H100."""
     if device.type == "cpu":
         return 227
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
@@ -224,14 +146,19 @@ def shared_kib(device: torch.device) -> int:
 
 @functools.lru_cache
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device. The interpreter pretends to have 2, so that persistent loops loop."""
+    """Multiprocessors of the device. The interpreter reports 2, so that persistent loops have several iterations."""
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
-    """Launch `kernel` on the tensors' device and its current stream.
+    """Launch a kernel on a device, in its current stream.
 
-    `args` are the kernel's runtime arguments, `meta` its constexprs and compiler options.
+    Args:
+        kernel: a `triton.jit` function.
+        programs: size of the grid, which has one dimension.
+        device: of the tensors.
+        args: runtime arguments of the kernel.
+        meta: its constexprs, and compiler options.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -249,7 +176,7 @@ def _launch_on_current_device(
     if INTERPRET:
         kernel[grid](*args, **meta)
         return
-    # Triton binds and specialises arguments anew at each launch; looking up what that led to costs half as much.
+    # Triton binds and specialises arguments at each launch. Looking up the compiled kernel takes half as long.
     key = (kernel, device, specialization(args), tuple(meta.values()))
     if (found := _compiled.get(key)) is not None:
         compiled, constexprs = found
@@ -260,7 +187,10 @@ def _launch_on_current_device(
 
 
 def specialization(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Triton compiles for: dtypes, alignment to 16 bytes, integers' width, divisibility by 16 and being 1."""
+    """What Triton compiles for, one entry for each argument.
+
+    For tensors: dtype and alignment to 16 bytes. For integers: width, divisibility by 16, and whether it is 1.
+    """
     return tuple([_specialization_of(arg) for arg in args])
 
 
@@ -280,9 +210,13 @@ Launcher = TypeVar("Launcher", bound=Callable[..., list[Tensor]])
 
 
 def operator(outputs: Callable[..., list[Tensor]]) -> Callable[[Launcher], Launcher]:
-    """Make a launcher one opaque operator for torch.compile; called eagerly it stays a plain function.
+    """Make a launcher one opaque operator for torch.compile. Called eagerly, it stays a plain function.
 
-    `outputs` takes the launcher's arguments and allocates its results.
+    Args:
+        outputs: a function that takes the launcher's arguments and allocates its results.
+
+    Returns:
+        A decorator.
     """
 
     def decorate(launcher: Launcher) -> Launcher:

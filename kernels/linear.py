@@ -1,10 +1,10 @@
-"""The linear layer y = act(x w^T + b) and its gradients, as launches of the one GEMM.
+"""The linear layer y = act(x w^T + b) and its gradients, as launches of the GEMM kernel.
 
     forward   y  = act(x w^T + b)           (M, N) = (M, K) (K, N)
-    dgrad     dx = (dz w) * act'(.)         (M, K) = (M, N) (N, K), act the activation of the layer *below*
+    dgrad     dx = (dz w) * act'(.)         (M, K) = (M, N) (N, K), with the activation of the layer below
     wgrad     dw = dz^T x,  db = dz^T 1     (N, K) = (N, M) (M, K)
 
-where dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
+dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
 """
 
 from typing import Any
@@ -15,9 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .activation import ACTIVATIONS, functions_of_preact, identity
+from .activation import ACTIVATIONS, Functions, functions_of_preact, identity
+from .batch_norm import NormArgs
+from .config import cdiv
+from .dropout import DropoutArgs
 from .epilogue import (
+    BiasArgs,
+    BiasMomentsArgs,
+    BiasNormArgs,
+    BiasSavingArgs,
+    DnormArgs,
     Epilogue,
+    SavedArgs,
     bias_act,
     bias_act_bitmask,
     bias_act_preact,
@@ -29,7 +38,7 @@ from .epilogue import (
     dnorm,
 )
 from .gemm import IDENTITY, Unreduced, gemm
-from .tile import TRITON_DTYPES, load_tile, store_tile, triton_acc_dtype
+from .tile import load_tile, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -46,10 +55,18 @@ def _linear_fwd_outputs(
 def linear_fwd(
     x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None, save: bool = False
 ) -> list[Tensor]:
-    """y = act(x w^T + b), for x (M, K), w (N, K), b (N,) or None.
+    """y = act(x w^T + b).
 
-    Returns [y] or, with `save` and an activation whose derivative needs more than y, [y, saved]: the bit mask or the
-    preactivation.
+    Args:
+        x: (M, K).
+        w: (N, K).
+        b: (N,) or None.
+        activation: a key of `ACTIVATIONS`, or None.
+        save: also return what backward needs of the preactivation.
+
+    Returns:
+        [y], y (M, N). With `save`, and an activation whose derivative needs more than y, [y, saved]: saved is the bit
+        mask (see `epilogue.py`) or the preactivation (M, N).
     """
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
     gemm("linear_fwd", x, w.t(), y, _act_epilogue(b, activation, *saved))
@@ -58,19 +75,21 @@ def linear_fwd(
 
 def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None = None) -> Epilogue:
     if activation is None:
-        return Epilogue(bias_act, (b,), (identity,))
+        return Epilogue(bias_act, BiasArgs(b), Functions(act=identity))
     entry = ACTIVATIONS[activation]
     heavy = entry.saves == "preact"
     if saved is None:
-        return Epilogue(bias_act, (b,), (entry.act,), heavy)
-    tile_fn, fns = (bias_act_preact, (entry.act,)) if heavy else (bias_act_bitmask, (entry.act, entry.active))
-    return Epilogue(tile_fn, (b, saved, saved.stride(0)), fns, heavy)
+        return Epilogue(bias_act, BiasArgs(b), Functions(act=entry.act), heavy)
+    tile_fn = bias_act_preact if heavy else bias_act_bitmask
+    fns = Functions(act=entry.act, active=entry.active)
+    return Epilogue(tile_fn, BiasSavingArgs(b, saved, saved.stride(0)), fns, heavy)
 
 
 def _dact_epilogue(activation: str, saved: Tensor) -> Epilogue:
     entry = ACTIVATIONS[activation]
     bitmask = entry.saves == "bitmask"
-    return Epilogue(dact_bitmask if bitmask else dact_saved, (saved, saved.stride(0)), (entry.dact,), heavy=not bitmask)
+    tile_fn = dact_bitmask if bitmask else dact_saved
+    return Epilogue(tile_fn, SavedArgs(saved, saved.stride(0)), Functions(dact=entry.dact), heavy=not bitmask)
 
 
 def _linear_dgrad_outputs(
@@ -81,9 +100,16 @@ def _linear_dgrad_outputs(
 
 @launch.operator(_linear_dgrad_outputs)
 def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Tensor | None = None) -> list[Tensor]:
-    """[dz w] or, given the activation below and what it saved, [(dz w) * act'(saved)].
+    """The gradient of the input of a linear layer.
 
-    dz (M, N), w (N, K), result (M, K).
+    Args:
+        dz: (M, N).
+        w: (N, K).
+        activation: activation of the layer below, or None.
+        saved: what `linear_fwd` returned of the layer below, the bit mask or the preactivation; or its result y.
+
+    Returns:
+        [dz w], (M, K); with an activation, [(dz w) * act'(saved)].
     """
     (dx,) = outputs = _linear_dgrad_outputs(dz, w, activation, saved)
     gemm("linear_dgrad", dz, w, dx, _dact_epilogue(activation, saved) if activation and saved is not None else IDENTITY)
@@ -91,9 +117,15 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
 
 
 def linear_fwd_moments(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """x w^T + b, and of its columns what `moments.merge_partial_moments` takes: partial results and rows of each."""
+    """x w^T + b, and partial results for the mean and variance of its columns.
+
+    Returns:
+        x w^T + b (M, N), partial moments (2, tiles along M, N), and the number of rows of each tile. The last two are
+        arguments of `moments.merge_partial_moments`.
+    """
     z = x.new_empty(x.shape[0], w.shape[0])
-    sums = gemm("linear_fwd", x, w.t(), z, Epilogue(bias_moments, (b,), (TRITON_DTYPES[x.dtype],), True, True))
+    epilogue = Epilogue(bias_moments, BiasMomentsArgs(b, z), heavy=True, column_sums=True)
+    sums = gemm("linear_fwd", x, w.t(), z, epilogue)
     assert sums is not None
     return z, *sums
 
@@ -114,10 +146,20 @@ def linear_fwd_norm(
     eps: float,
     activation: str | None,
 ) -> list[Tensor]:
-    """[act(u)], u = (x w^T + b - mean) / sqrt(var + eps) norm_weight + norm_bias: normalised in the epilogue."""
+    """act(u), with u = (x w^T + b - mean) / sqrt(var + eps) norm_weight + norm_bias computed in the epilogue.
+
+    Args:
+        x, w, b, activation: see `linear_fwd`.
+        mean, var: (N,), running averages.
+        norm_weight, norm_bias: (N,) or None.
+        eps: added to var.
+
+    Returns:
+        [act(u)], (M, N).
+    """
     (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
-    norm = mean, var, norm_weight, norm_bias, eps
-    gemm("linear_fwd", x, w.t(), y, Epilogue(bias_norm_act, (b, norm), functions_of_preact(activation), heavy=True))
+    args = BiasNormArgs(b, NormArgs(mean, var, norm_weight, norm_bias, eps))
+    gemm("linear_fwd", x, w.t(), y, Epilogue(bias_norm_act, args, functions_of_preact(activation), heavy=True))
     return outputs
 
 
@@ -125,20 +167,29 @@ def linear_dgrad_norm(
     dz: Tensor,
     w: Tensor,
     x: Tensor,
-    norm: tuple[Any, ...],
-    dropout: tuple[Any, ...],
+    norm: NormArgs,
+    dropout: DropoutArgs,
     activation: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """du of the block below, act'(u) dropout'(dz w), where it normalised x (M, K), and partial sums of du and du xhat.
+    """The gradient du = act'(u) dropout'(dz w) of the layer below, which normalised x, and its partial sums.
 
-    What `batch_norm.merge_grad_sums` and `batch_norm.batch_norm_bwd` go on with. norm: mean, var, weight, bias and eps,
-    without a mean nothing was normalised and there are no sums; dropout: see `batch_norm.dropout_args`.
+    Args:
+        dz: (M, N).
+        w: (N, K).
+        x: (M, K), the preactivation of the layer below.
+        norm: its normalisation; without a mean, nothing was normalised.
+        dropout: its dropout.
+        activation: its activation.
+
+    Returns:
+        du (M, K), and the sums of du and du xhat over the rows of each tile, (2, tiles along M, K), as
+        `batch_norm.merge_grad_sums` takes them; None if nothing was normalised.
     """
     du = dz.new_empty(dz.shape[0], w.shape[1])
-    normalised = norm[0] is not None
-    args = (x, x.stride(0), norm, dropout, *(() if normalised else (None,)))
+    args = DnormArgs(x, x.stride(0), norm, dropout)
     fns = functions_of_preact(activation)
-    sums = gemm("linear_dgrad", dz, w, du, Epilogue(dnorm, args, fns, heavy=True, column_sums=normalised))
+    epilogue = Epilogue(dnorm, args, fns, heavy=True, column_sums=norm.mean is not None)
+    sums = gemm("linear_dgrad", dz, w, du, epilogue)
     return du, None if sums is None else sums[0]
 
 
@@ -149,12 +200,25 @@ def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
 
 @launch.operator(_linear_wgrad_outputs)
 def linear_wgrad(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:
-    """[dz^T x] or, with `bias`, [dz^T x, dz^T 1] from one pass. dz (M, N), x (M, K)."""
+    """The gradients of weight and bias.
+
+    Args:
+        dz: (M, N).
+        x: (M, K).
+        bias: also compute the gradient of the bias, in the same launch.
+
+    Returns:
+        [dz^T x], (N, K); with bias, [dz^T x, dz^T 1], of which the second is (N,).
+    """
     return linear_wgrad_unreduced(dz, x, bias, None)
 
 
 def linear_wgrad_unreduced(dz: Tensor, x: Tensor, bias: bool, unreduced: list[Unreduced] | None) -> list[Tensor]:
-    """`linear_wgrad`, whose results wait for `gemm.reduce_splits` where it notes them in `unreduced`."""
+    """`linear_wgrad`, whose results are complete only after `gemm.reduce_splits`.
+
+    Args:
+        unreduced: takes a product whose K was cut into ranges; None: it is reduced at once.
+    """
     dw, *db = outputs = _linear_wgrad_outputs(dz, x, bias)
     gemm("linear_wgrad", dz.t(), x, dw, row_sum=db[0] if db else None, unreduced=unreduced)
     return outputs
@@ -165,6 +229,7 @@ def _activation_bwd_kernel(
     dy_ptr, dz_ptr, dact_args, M, N, stride_ym, stride_yn,
     DACT: tl.constexpr, DACT_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of dy * act'(saved)."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -182,14 +247,26 @@ def _activation_bwd_outputs(dy: Tensor, activation: str, saved: Tensor) -> list[
 
 @launch.operator(_activation_bwd_outputs)
 def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
-    """[dy * act'(saved)]: the one pointwise pass, for a gradient that no dgrad of ours produced. dy (M, N)."""
+    """The gradient of a preactivation, in an elementwise pass. It is used where no `linear_dgrad` computed dy.
+
+    Args:
+        dy: (M, N), any strides, the gradient of the activation's result.
+        activation: a key of `ACTIVATIONS`.
+        saved: what `linear_fwd` kept.
+
+    Returns:
+        [dy * act'(saved)], (M, N).
+
+    Raises:
+        TypeError: dy has no memory of its own (see `launch.check_addressable`).
+    """
     (dz,) = outputs = _activation_bwd_outputs(dy, activation, saved)
     launch.check_addressable(dy)
     M, N = dy.shape
     block_m, block_n = ACTIVATION_BWD_BLOCK
     dact = _dact_epilogue(activation, saved)
     launch.launch(
-        _activation_bwd_kernel, -(-M // block_m) * -(-N // block_n), dy.device,
+        _activation_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), dy.device,
         dy, dz, dact.args, M, N, *dy.stride(),
         DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=triton_acc_dtype(dy.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

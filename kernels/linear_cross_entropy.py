@@ -1,15 +1,16 @@
-"""Cross-entropy of a linear layer's output, o = x w^T + b, without ever holding all of it.
+"""Cross-entropy of the output o = x w^T + b of a linear layer, which is never held in memory as a whole.
 
-Rows are taken in chunks, one after the other in the same memory: their logits, the losses and, in the place of the
-logits, their gradient do = dL/do, of which at once
+The rows are processed in chunks, one after the other in the same memory. For each chunk: compute the logits, compute
+the losses, overwrite the logits with their gradient do, and compute from it
 
-    dx = do w                     is of these rows alone,
-    dw = do^T x,  db = do^T 1     are added up over the chunks.
+    dx = do w                     which belongs to these rows alone,
+    dw = do^T x,  db = do^T 1     which are added up over the chunks.
 
-So loss and gradients together take the 6 M K C flops of the three products, and logits are never computed twice.
+Loss and gradients take the 6 M K C flops of the three products. Logits are computed once.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,51 +18,62 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .activation import identity
+from .activation import Functions, identity
+from .config import cdiv
 from .cross_entropy import (
     Rules,
-    cross_entropy_bwd_into,
     cross_entropy_reduce,
     cross_entropy_rows,
     empty_loss,
 )
-from .epilogue import Epilogue, add_to, bias_act
+from .cross_entropy_bwd import cross_entropy_bwd_into
+from .epilogue import AddArgs, BiasArgs, Epilogue, add_to, bias_act
 from .gemm import IDENTITY, gemm
 from .tile import acc_dtype, cast, triton_acc_dtype
 
 MAX_CHUNK_BYTES = 512 * 2**20
-# The share of a device's memory that the logits of a chunk may take. Not of what is free at the moment: results must
-# not depend on that, and sums over chunks round differently from chunk to chunk.
+# The share of a device's memory that the logits of a chunk may take. It is a share of all memory, not of the free
+# memory: sums over chunks round differently with other chunks, and results must not depend on what is free.
 MEMORY_SHARE = 1 / 256
-# Rows of logits begin at multiples of 128 bytes or more, for TMA and whole sectors.
+# Rows of logits begin a multiple of this many elements apart: at least 128 bytes, for TMA and whole sectors.
 PITCH = 64
 TILE_ROWS = 128
-# With so many a sum that is rounded after each errs 1.6 times as much as one that is rounded once.
+# With this many chunks, a sum rounded after each chunk has 1.6 times the error of a sum rounded once.
 ROUNDED_CHUNKS = 8
 
 
 @torch.compiler.assume_constant_result
 def chunk_bytes(device: torch.device) -> int:
-    """What the logits of a chunk may take."""
+    """Upper bound of the bytes of the logits of one chunk."""
     if device.type != "cuda":
         return MAX_CHUNK_BYTES
     return min(MAX_CHUNK_BYTES, int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def rows_per_chunk(rows: int, classes: int, itemsize: int, limit: int) -> int:
-    """Rows of each chunk, whose logits take at most `limit` bytes: few chunks, alike, in whole tiles if they can be."""
+    """Rows of each chunk.
+
+    Args:
+        rows: number of all rows.
+        classes: number of classes.
+        itemsize: bytes of a logit.
+        limit: upper bound of the bytes of the logits of a chunk.
+
+    Returns:
+        As few chunks as the limit allows, of nearly equal size, and of whole tiles if one fits. At least one row.
+    """
     fitting = max(1, limit // (_pitch(classes) * itemsize))
     fitting = fitting // TILE_ROWS * TILE_ROWS or fitting
-    each = -(-rows // -(-rows // fitting))
-    return min(rows, fitting, -(-each // TILE_ROWS) * TILE_ROWS)
+    each = cdiv(rows, cdiv(rows, fitting))
+    return min(rows, fitting, cdiv(each, TILE_ROWS) * TILE_ROWS)
 
 
 def _pitch(classes: int) -> int:
-    return -(-classes // PITCH) * PITCH
+    return cdiv(classes, PITCH) * PITCH
 
 
 def _total_weight(target: Tensor, rules: Rules) -> Tensor:
-    """What a mean is divided by, (), float64: known before any loss."""
+    """The number () float64 that a mean is divided by, which depends on the targets alone."""
     if target.is_floating_point():
         return torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
     counts = target != rules.ignore_index
@@ -106,10 +118,22 @@ def linear_cross_entropy(
     smoothing: float,
     float32: bool,
 ) -> list[Tensor]:
-    """[loss, dx, dw, db] of x (M, K), w (C, K), b (C,) or None, the gradients as far as they are wanted.
+    """The loss of the logits x w^T + b, and the gradients of x, w and b.
 
-    grad (M,): of each row's term of the loss; None: 1. at_once: rows of a chunk; spare_memory: sums over chunks may be
-    rounded after each. The rest as `cross_entropy_fwd`, whose S is 1.
+    Args:
+        x: (M, K).
+        w: (C, K).
+        b: (C,) or None.
+        target: indices (M, 1), contiguous, or probabilities (M, C, 1).
+        weight: class weights (C,), contiguous, or None.
+        grad: (M,), the gradient of each row's term of the loss; None: 1.
+        wanted: whether the gradients of x, w and b are computed.
+        at_once: rows of a chunk.
+        spare_memory: whether sums over chunks may be rounded after each chunk, to save memory.
+        ignore_index, reduction, smoothing, float32: see `cross_entropy_fwd`.
+
+    Returns:
+        [loss, dx, dw, db] without the gradients that are not wanted. loss is (M, 1) for reduction "none", else ().
     """
     (M, K), C = x.shape, len(w)
     rules = Rules(weight, ignore_index, smoothing or None, C)
@@ -120,25 +144,30 @@ def linear_cross_entropy(
     dx = x.new_empty(M, K) if wants_x else None
     acc = acc_dtype(x.dtype)
     room = x.new_empty(min(at_once, M), _pitch(C))
-    # Sums over many chunks are rounded once, if memory is not spared or they take no more than the logits.
-    once = C * K * acc.itemsize <= room.nbytes if spare_memory else -(-M // at_once) > ROUNDED_CHUNKS
+    # Keep the sum dw in the accumulator's dtype, so that it is rounded once: always if there are many chunks or, to
+    # spare memory, only if it takes no more than the logits.
+    once = C * K * acc.itemsize <= room.nbytes if spare_memory else cdiv(M, at_once) > ROUNDED_CHUNKS
     dw = w.new_empty(C, K, dtype=acc if once else w.dtype) if wants_w else None
     db = w.new_zeros(C, dtype=acc) if wants_b else None
     sums = []
     for first in range(0, M, at_once):
+        # 1. Compute the logits of a chunk.
         rows = slice(first, min(first + at_once, M))
         logits, x_rows = room[: rows.stop - first, :C], x[rows]
-        gemm("linear_fwd", x_rows, w.t(), logits, Epilogue(bias_act, (b,), (identity,)))
+        gemm("linear_fwd", x_rows, w.t(), logits, Epilogue(bias_act, BiasArgs(b), Functions(act=identity)))
+        # 2. Compute its losses.
         stats = x.new_empty(3, len(logits), dtype=acc)
         given = target[rows], rules, stats
         sums.append(cross_entropy_rows(logits[:, :, None], *given, loss[rows] if reduction == "none" else None))
         if not any(wanted):
             continue
+        # 3. Overwrite the logits with their gradient.
         cross_entropy_bwd_into(logits[:, :, None], logits[:, :, None], *given, grad[rows], total_weight)
+        # 4. Compute dx, and add to dw and db.
         if dx is not None:
             gemm("linear_dgrad", logits, w, dx[rows])
         if dw is not None:
-            so_far = Epilogue(add_to, (dw, dw.stride(0)), heavy=True) if first else IDENTITY
+            so_far = Epilogue(add_to, AddArgs(dw, dw.stride(0)), heavy=True) if first else IDENTITY
             db_rows = None if db is None else torch.empty_like(db)
             gemm("linear_wgrad", logits.t(), x_rows, dw, so_far, row_sum=db_rows)
             if db is not None:
@@ -150,17 +179,26 @@ def linear_cross_entropy(
     return [loss, *(t.to(x.dtype) for t in (dx, dw, db) if t is not None)]
 
 
+class Scaled(NamedTuple):
+    """A contiguous tensor and the number of its elements."""
+
+    tensor: Tensor
+    numel: int
+
+
 @triton.jit
 def _scale_kernel(parts, factor_ptr, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply every tensor of parts (`Scaled`) by the factor, in place."""
     factor = tl.load(factor_ptr).to(ACC_DTYPE)
-    # Which is what a loss's own backward begins with: then nothing has to move.
+    # loss.backward() starts from a gradient of 1. Then no memory is read or written.
     if factor != 1.0:
         for i in tl.static_range(len(parts)):  # pyright: ignore[reportGeneralTypeIssues]
-            ptr, numel = parts[i]
-            for first in range(tl.program_id(0), tl.cdiv(numel, BLOCK), tl.num_programs(0)):
+            ptr = parts[i].tensor
+            for first in range(tl.program_id(0), tl.cdiv(parts[i].numel, BLOCK), tl.num_programs(0)):
                 offs = tl.cast(first, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-                x = tl.load(ptr + offs, mask=offs < numel, other=0.0)
-                tl.store(ptr + offs, cast(x.to(ACC_DTYPE) * factor, ptr.dtype.element_ty), mask=offs < numel)
+                mask = offs < parts[i].numel
+                x = tl.load(ptr + offs, mask=mask, other=0.0)
+                tl.store(ptr + offs, cast(x.to(ACC_DTYPE) * factor, ptr.dtype.element_ty), mask=mask)
 
 
 SCALE_BLOCK = 4096
@@ -168,10 +206,18 @@ SCALE_PROGRAMS_PER_SM = 8
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply contiguous tensors by factor (), in place."""
+    """Multiply tensors by a factor, in place.
+
+    Args:
+        tensors: contiguous, of one dtype.
+        factor: ().
+
+    Raises:
+        TypeError: a tensor has no memory of its own (see `launch.check_addressable`).
+    """
     launch.check_addressable(*tensors, factor)
     device = factor.device
-    parts = tuple((t, t.numel()) for t in tensors)
+    parts = tuple(Scaled(t, t.numel()) for t in tensors)
     launch.launch(
         _scale_kernel, SCALE_PROGRAMS_PER_SM * launch.num_sms(device), device,
         parts, factor, ACC_DTYPE=triton_acc_dtype(tensors[0].dtype), BLOCK=SCALE_BLOCK,

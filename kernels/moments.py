@@ -1,7 +1,13 @@
 """Mean and variance of the columns of an (M, N) matrix, in two levels.
 
-Ranges of rows and columns, or the tiles of a product whose epilogue takes them, each give a mean and a sum of squared
-deviations (`tile_moments`, two passes over registers); these are merged in order (Chan et al. 1979), in float64.
+First, each range of rows gives the mean and the sum of squared deviations m2 of each column. A range is a tile's rows
+where the epilogue of a product computes them. Then the ranges are merged in a fixed order, in float64 (Chan et al.
+1979). Of two groups of n1 and n2 rows:
+
+    n = n1 + n2,   delta = mean2 - mean1
+    mean = (n1 mean1 + n2 mean2) / n = mean1 + delta n2 / n
+    m2 = m2_1 + n1 (mean - mean1)^2 + m2_2 + n2 (mean2 - mean)^2
+       = m2_1 + m2_2 + delta^2 n1 n2 / n,   since  mean - mean1 = delta n2 / n  and  mean2 - mean = delta n1 / n
 """
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
@@ -12,26 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .config import pointwise_block, row_splits
+from .config import cdiv, pointwise_block, row_splits
 from .tile import INTERPRET, acc_dtype, cast, load_tile, triton_acc_dtype
 
 
 @triton.jit
 def column_sums(x):
-    """Sums of a tile over its rows, [BLOCK_N], in float64."""
+    """Sums of the columns of a tile, [BLOCK_N], in float64. The tile is summed in its own dtype."""
     if INTERPRET:
-        # It adds row after row, which rounds more than a GPU's tree.
+        # The interpreter adds row after row, which has a larger rounding error than the tree of a GPU.
         x = x.to(tl.float64)
     return tl.sum(x, axis=0).to(tl.float64)
 
 
 @triton.jit
 def tile_moments(x, count, BLOCK_M: tl.constexpr):
-    """Mean and sum of squared deviations of the first `count` rows, [BLOCK_N] float64, in two passes over registers."""
+    """Mean and sum of squared deviations of the first `count` rows of a tile, [BLOCK_N] each, in float64."""
+    # 1. Compute the mean, rounded to x's dtype, and the deviations d from it.
     inside = (tl.arange(0, BLOCK_M) < count)[:, None]
     mean = column_sums(tl.where(inside, x, 0.0)).to(x.dtype) / count.to(x.dtype)
     deviation = tl.where(inside, x - mean[None, :], 0.0)
-    # What rounding the mean left over.
+    # 2. Correct for the rounding: with r = sum d / n, the mean is larger by r, and sum (d - r)^2 = sum d^2 - n r^2.
     n = count.to(tl.float64)
     residual = column_sums(deviation) / n
     return mean.to(tl.float64) + residual, column_sums(deviation * deviation) - n * residual * residual
@@ -39,7 +46,7 @@ def tile_moments(x, count, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def merge_moments(n, mean, m2, other_n, other_mean, other_m2):
-    """Count, mean and sum of squared deviations of two groups as one."""
+    """Count, mean and sum of squared deviations of the union of two groups; see the module docstring."""
     total = n + other_n
     delta = other_mean - mean
     return total, mean + delta * (other_n / total), m2 + other_m2 + delta * delta * (n * (other_n / total))
@@ -50,7 +57,8 @@ def _moments_kernel(
     x_ptr, partial_ptr, M, N, splits, rows_per_split, stride_xm, stride_xn,
     ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a range of rows: partial (2, splits, N)."""
+    """Mean and sum of squared deviations of one range of rows, stored in partial (2, splits, N)."""
+    # 1. Find the range of rows and the columns of this program.
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles_n
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -59,6 +67,7 @@ def _moments_kernel(
     n = tl.zeros((BLOCK_N,), tl.float64)
     mean = tl.zeros((BLOCK_N,), tl.float64)
     m2 = tl.zeros((BLOCK_N,), tl.float64)
+    # 2. Compute the moments of each tile and merge them in order.
     for row in range(begin, end, BLOCK_M):
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         count = tl.minimum(end - row, BLOCK_M)
@@ -69,7 +78,7 @@ def _moments_kernel(
 
 @triton.jit
 def store_partial(partial_ptr, first, second, split, splits, col, N, BLOCK_N: tl.constexpr):
-    """Two results of a range of rows for BLOCK_N columns, into partial (2, splits, N)."""
+    """Store two results of range `split` for BLOCK_N columns from col on, in partial (2, splits, N)."""
     offs_n = col + tl.arange(0, BLOCK_N)
     ptrs = partial_ptr + split.to(tl.int64) * N + offs_n
     tl.store(ptrs, first, mask=offs_n < N)
@@ -78,7 +87,7 @@ def store_partial(partial_ptr, first, second, split, splits, col, N, BLOCK_N: tl
 
 @triton.jit
 def store_rounded(ptr, x, offs_n, mask):
-    """Store float64 numbers in the pointer's type, rounded as `cast` does."""
+    """Store float64 numbers in the dtype of the pointer, rounded as `cast` rounds."""
     if ptr.dtype.element_ty == tl.float64:
         tl.store(ptr + offs_n, x, mask=mask)
     else:
@@ -91,44 +100,50 @@ def _merge_moments_kernel(
     M, N, splits, rows_per_split, momentum,
     CUMULATIVE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance from partial (2, splits, N), in float64; running averages, and their count, moved on."""
+    """Merge partial (2, splits, N) into mean and variance; update running averages and the count of batches."""
     col = tl.program_id(0) * BLOCK_N
     offs_n = col + tl.arange(0, BLOCK_N)
     n = tl.zeros((BLOCK_N,), tl.float64)
     mean = tl.zeros((BLOCK_N,), tl.float64)
     m2 = tl.zeros((BLOCK_N,), tl.float64)
+    # 1. Merge the ranges, BLOCK_S at once, in order.
     for first in range(0, splits, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
         ptrs = partial_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask = (offs_s < splits)[:, None] & (offs_n < N)[None, :]
         means = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
         m2s = tl.load(ptrs + tl.cast(splits, tl.int64) * N, mask=mask, other=0.0).to(tl.float64)
+        # Count the rows of each range: the last may have fewer, and those beyond it none.
         counts = tl.maximum(tl.minimum(M - offs_s.to(tl.int64) * rows_per_split, rows_per_split), 0)
         counts = counts.to(tl.float64)[:, None]
+        # Merge this block of ranges: m2 = sum (m2_i + n_i (mean_i - mean)^2).
         total = tl.sum(counts, axis=0)
         block_mean = tl.sum(counts * means, axis=0) / total
         deviation = means - block_mean[None, :]
         block_m2 = tl.sum(m2s + counts * deviation * deviation, axis=0)
         n, mean, m2 = merge_moments(n, mean, m2, total, block_mean, block_m2)
+    # 2. Store mean and biased variance.
     mask = offs_n < N
     store_rounded(mean_ptr, mean, offs_n, mask)
     store_rounded(var_ptr, m2 / M, offs_n, mask)
+    # 3. Update the running averages, with the unbiased variance. The caller has counted the batch if CUMULATIVE.
     if running_mean_ptr is not None:
-        # Of a cumulative average the caller has counted this batch already.
         share = 1 / tl.load(batches_ptr).to(tl.float64) if CUMULATIVE else tl.cast(momentum, tl.float64)
         _move_average(running_mean_ptr, mean, share, offs_n, mask)
         _move_average(running_var_ptr, m2 / (M - 1), share, offs_n, mask)
+    # 4. Count the batch, once.
     if batches_ptr is not None and not CUMULATIVE and tl.program_id(0) == 0:
         tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
 @triton.jit
 def _move_average(running_ptr, new, share, offs_n, mask):
+    """running = (1 - share) running + share new."""
     before = tl.load(running_ptr + offs_n, mask=mask, other=0.0).to(tl.float64)
     store_rounded(running_ptr, (1 - share) * before + share * new, offs_n, mask)
 
 
-# Partial results and columns that are merged at once.
+# Ranges and columns that a program merges at once.
 MERGE_BLOCK = {"BLOCK_S": 64, "BLOCK_N": 32}
 
 
@@ -142,17 +157,25 @@ def merge_partial_moments(
     momentum: float | None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """[mean, var] of the columns, (N,) each, in `dtype` (else partial's), from partial (2, splits, N).
+    """Mean and variance of the columns of a matrix, merged from those of ranges of its rows.
 
-    Partial results are the mean and sum of squared deviations of ranges of rows_per_split rows.
+    Args:
+        partial: (2, splits, N), the mean and the sum of squared deviations of each range.
+        rows: number of rows of the matrix.
+        rows_per_split: number of rows of each range; the last may have fewer.
+        running_mean, running_var: (N,), are updated; or None.
+        batches: () int64, the number of batches so far, or None. With a momentum it is incremented. Without one the
+            caller has incremented it.
+        momentum: share of this batch in the running averages; None: 1 / batches, the average of all batches.
+        dtype: of the results; None: partial's.
 
-    Moves running averages on by `momentum` and counts one batch in `batches`; without momentum, averages over all
-    batches, which `batches` has counted already, this one included.
+    Returns:
+        [mean, var], (N,) each; var is the biased variance.
     """
     _, splits, N = partial.shape
     mean, var = (partial.new_empty(N, dtype=dtype) for _ in range(2))
     launch.launch(
-        _merge_moments_kernel, -(-N // MERGE_BLOCK["BLOCK_N"]), partial.device,
+        _merge_moments_kernel, cdiv(N, MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, mean, var, running_mean, running_var, batches,
         rows, N, splits, rows_per_split, momentum or 0.0, CUMULATIVE=momentum is None, **MERGE_BLOCK,
     )  # fmt: skip
@@ -181,18 +204,30 @@ def column_moments(
     momentum: float | None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """[mean, var] of the columns of x (M, N); see `merge_partial_moments` for the rest.
+    """Mean and variance of the columns of x.
 
-    A compiler takes it for an operator that changes nothing: it has to be given no running averages there.
+    torch.compile takes this for an operator that changes none of its arguments. So compiled code must pass None for the
+    running averages and batches.
+
+    Args:
+        x: (M, N), any strides.
+        running_mean, running_var, batches, momentum: see `merge_partial_moments`.
+        dtype: of the results; None: the accumulator's for x's dtype (`tile.acc_dtype`).
+
+    Returns:
+        [mean, var], (N,) each; var is the biased variance.
+
+    Raises:
+        TypeError: x has no memory of its own (see `launch.check_addressable`).
     """
     launch.check_addressable(x)
     M, N = x.shape
     block_m, block_n = pointwise_block(N)
     rows_per_split = row_splits(M, N, launch.num_sms(x.device))
-    splits = -(-M // rows_per_split)
+    splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
-        _moments_kernel, splits * -(-N // block_n), x.device,
+        _moments_kernel, splits * cdiv(N, block_n), x.device,
         x, partial, M, N, splits, rows_per_split, *x.stride(),
         ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

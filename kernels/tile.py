@@ -1,7 +1,7 @@
-"""Tiles of matrices: their order, how they are loaded and stored, and the one GEMM main loop.
+"""Tiles of matrices: their order, loads and stores, and the main loop of the GEMM.
 
-A matrix is named by a pointer with two strides, or by a TMA descriptor; the loop does not care which. Elements
-beyond an edge read as zero and are not written.
+A matrix is given by a pointer and two strides, or by a TMA descriptor. Elements outside of the matrix are loaded as
+zero and are not stored.
 """
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
@@ -16,11 +16,12 @@ INTERPRET = tl.constexpr(launch.INTERPRET)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tensors of this type are accumulated in."""
+    """The dtype in which sums over tensors of this dtype are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_acc_dtype(dtype: torch.dtype) -> tl.dtype:
+    """`acc_dtype` as a Triton dtype."""
     return TRITON_DTYPES[acc_dtype(dtype)]
 
 
@@ -34,17 +35,22 @@ TRITON_DTYPES = {
 
 @triton.jit
 def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Walk the output in bands of GROUP_M tile rows, so that tiles in flight share operands in L2."""
+    """Row and column of a tile, in tiles, given its position in the order of computation.
+
+    The order goes through bands of GROUP_M rows of tiles, so that tiles computed at the same time share operands in L2.
+    """
+    # 1. Find the band and its number of rows, of which the last band may have fewer.
     band = tile // (GROUP_M * tiles_n)
     first_m = band * GROUP_M
     band_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    # 2. Go through the band column by column.
     within = tile % (GROUP_M * tiles_n)
     return first_m + within % band_m, within // band_m
 
 
 @triton.jit
 def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr):
-    """Pointers to a tile whose corner is (row, col), and the mask of those inside the matrix."""
+    """Pointers to a tile with corner (row, col), and a mask of those that are inside the matrix (rows, cols)."""
     offs_row = row + tl.arange(0, BLOCK_ROW)
     offs_col = col + tl.arange(0, BLOCK_COL)
     ptrs = (ptr + offs_row.to(tl.int64)[:, None] * stride_row) + offs_col.to(tl.int64)[None, :] * stride_col
@@ -53,9 +59,10 @@ def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest even."""
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter truncates float32 to bfloat16; round to nearest even first, as the GPU does. It also makes
-        # something of the bits that it should drop, if nothing else is left.
+        # The interpreter truncates float32 to bfloat16. So round to nearest even here, as the GPU does, and clear the
+        # bits that are cut off: for some values the interpreter's result depends on them.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -64,7 +71,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x as it will be read back once it is stored in the type."""
+    """x after it has been stored in the dtype and loaded again."""
     return cast(x, dtype).to(x.dtype)
 
 
@@ -73,8 +80,9 @@ def load_tile(
     src, row, col, rows, cols, stride_row, stride_col,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, ROW_MAJOR: tl.constexpr,
 ):  # fmt: skip
+    """A tile [BLOCK_ROW, BLOCK_COL] with corner (row, col) of a matrix (rows, cols). src: pointer or TMA descriptor."""
     if TMA:
-        # A descriptor's last dimension is contiguous, so a column-major matrix is described by its transpose.
+        # The last dimension of a descriptor is contiguous, so a column-major matrix is described by its transpose.
         if ROW_MAJOR:
             tile = src.load([row, col])
         else:
@@ -90,6 +98,7 @@ def store_tile(
     dst, tile, row, col, rows, cols, stride_row,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Store a tile in a matrix (rows, cols) with contiguous rows. dst: pointer or TMA descriptor."""
     if TMA:
         dst.store([row, col], cast(tile, dst.dtype))
     else:
@@ -99,13 +108,13 @@ def store_tile(
 
 @triton.jit
 def _cut_to_tf32(x):
-    """float32 x as tensor cores read it: with 10 bits of mantissa, the others cut off."""
+    """float32 x as tensor cores read it: 10 bits of mantissa are kept, the others are cut off."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _round_to_tf32(x):
-    """float32 x with 10 bits of mantissa, rounded to nearest, halves away from zero."""
+    """float32 x rounded to 10 bits of mantissa, to nearest, with ties away from zero."""
     if INTERPRET:
         bits = x.to(tl.uint32, bitcast=True) + 0x1000
         return tl.where(x == x, _cut_to_tf32(bits.to(tl.float32, bitcast=True)), x)
@@ -115,13 +124,14 @@ def _round_to_tf32(x):
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b of tiles. INPUT_PRECISION: "tf32" or "ieee"."""
     if INPUT_PRECISION == "tf32":
-        # What tensor cores cut off has twice the error of rounding, and always the same sign.
+        # Tensor cores cut bits off, which has twice the error of rounding, and errors of one sign. So round first.
         a, b = _round_to_tf32(a), _round_to_tf32(b)
     if INTERPRET:
         if INPUT_PRECISION == "tf32":
             a, b = _cut_to_tf32(a), _cut_to_tf32(b)
-        # The interpreter multiplies the raw bits of bfloat16.
+        # The interpreter would multiply the raw bits of bfloat16 as integers, so convert first.
         return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
     else:
         return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
@@ -135,20 +145,25 @@ def matmul_tile(
     TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
     ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROW_SUM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a @ b over [k_begin, k_end) and, with ROW_SUM, the sum of a over the same range."""
+    """A tile [BLOCK_M, BLOCK_N] of a @ b and the row sums [BLOCK_M] of a, both over the range [k_begin, k_end) of K.
+
+    The row sums are computed only with ROW_SUM.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     row_acc = tl.zeros((BLOCK_M, 16), dtype=ACC_DTYPE)
     for k in range(k_begin, k_end, BLOCK_K):
+        # 1. Load a step of both operands, and multiply.
         a_tile = load_tile(a, row, k, M, K, stride_am, stride_ak, BLOCK_M, BLOCK_K, TMA, A_ROW_MAJOR)
         b_tile = load_tile(b, k, col, K, N, stride_bk, stride_bn, BLOCK_K, BLOCK_N, TMA, B_ROW_MAJOR)
         acc = dot(a_tile, b_tile, acc, INPUT_PRECISION)
+        # 2. Add to the row sums.
         if ROW_SUM:
             if a_tile.dtype.primitive_bitwidth == 16:
-                # On tensor cores, from the operand already in shared memory: no bytes and no shuffles.
+                # Multiply by ones: tensor cores read the operand from shared memory, where it already is.
                 ones = tl.full((BLOCK_K, 16), 1.0, dtype=ACC_DTYPE).to(a_tile.dtype)
                 row_acc = dot(a_tile, ones, row_acc, INPUT_PRECISION)
             else:
                 row_acc += tl.sum(a_tile, axis=1)[:, None]
-    # All 16 columns hold the sum; adding them up and dividing would round.
+    # 3. Each of the 16 columns holds the row sum. Take the first.
     first = tl.arange(0, 16)[None, :] == 0
     return acc, tl.sum(tl.where(first, row_acc, 0.0), axis=1)  # [BLOCK_M, BLOCK_N], [BLOCK_M]

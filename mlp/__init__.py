@@ -1,5 +1,6 @@
 """Drop-in modules and the MLP."""
 
+from . import functional
 from .fold import fold_batch_norm
 from .model import MLP
 from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
@@ -13,4 +14,5 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearReLU",
     "fold_batch_norm",
+    "functional",
 ]

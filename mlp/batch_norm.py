@@ -2,18 +2,21 @@
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import launch
 from . import reference
-from .chain import Kept, Layer, block_again, count_batch, differentiable_grads
-from .reference import Columns, Norm
+from .autograd import Function
+from .check import check_norm, check_probability
+from .dropout import DropoutFunction
+from .layer import Columns, Norm
+from .second_order import differentiable_grads
 
 if launch.HAS_TRITON:
-    from ..kernels.batch_norm import batch_norm_bwd, batch_norm_bwd_sums, batch_norm_fwd
+    from ..kernels.batch_norm import NormArgs, batch_norm_bwd, batch_norm_bwd_sums, batch_norm_fwd
     from ..kernels.moments import column_moments
     from ..kernels.random import draw_seeds
 
@@ -28,16 +31,24 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(input - mean) / sqrt(var + eps) * weight + bias, of each channel (Ioffe and Szegedy 2015).
+    """(input - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
 
-    input (N, C, *), of float32, float16, bfloat16 or float64; running_mean, running_var, weight, bias (C,) or None, in
-    float32 beside 16-bit input or in its dtype. training: mean and (biased) variance are the batch's, and running_mean
-    and running_var move on by momentum, in place, to it and to the unbiased variance; else they are the running ones.
+    Args:
+        input: (N, C, *), float32, float16, bfloat16 or float64.
+        running_mean, running_var, weight, bias: (C,) or None, of input's dtype or, beside a 16-bit one, of float32.
+        training: normalise by mean and biased variance of the batch, and move running_mean and running_var in place, by
+            momentum, towards it and the unbiased variance; else normalise by the running averages.
+        momentum: the share of the new batch in the running averages.
+        eps: added to the variance.
 
-    Raises ValueError for a wrong shape or device and for one value per channel in training, TypeError for a wrong
-    dtype.
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        ValueError: a wrong shape or device, or one value for each channel in training.
+        TypeError: a wrong dtype.
     """
-    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     return norm_act_dropout(input, norm, None, 0.0)
 
 
@@ -54,50 +65,78 @@ def batch_norm_act_dropout(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """dropout(act(batch_norm(input))) in one pass over the input after its statistics, and so backward.
+    """dropout(act(batch_norm(input))) in one pass after that of the statistics, forward and backward.
 
-    Arguments as of `batch_norm`, `linear` and `dropout`, and so are the errors.
+    Args:
+        activation: see `linear`.
+        p: probability of dropping an element, in training.
+        input, running_mean, running_var, weight, bias, training, momentum, eps: see `batch_norm`.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm`, `linear` and `dropout` do.
     """
-    launch.check_probability(p)
-    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    check_probability("p", p)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     return norm_act_dropout(input, norm, activation, p if training else 0.0)
 
 
 def norm_act_dropout(
     input: Tensor, norm: Norm | None, activation: str | None, p: float, columns: Columns | None = None
 ) -> Tensor:
-    """`batch_norm_act_dropout` of a layer here and now: drops whatever the mode, counts the batch if told to.
+    """dropout(act(norm(input))) for an input (N, C, *); without a norm, of any shape.
 
-    columns: which ones of a whole matrix (N, C) the input holds.
+    columns: the columns of a whole matrix (N, C) that the input is; None: all of them.
     """
-    tensors = norm[:5] if norm is not None else ()
-    launch.check_norm(input, norm, activation, reference.ACTIVATIONS)
+    check_norm(input, norm, activation)
+    tensors = norm.tensors() if norm else ()
     if p == 1 or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
-    rows = input.movedim(1, -1)
-    offset = columns.first if columns else 0
-    output = _norm_act_dropout_rows(rows.reshape(-1, rows.shape[-1]), norm, activation, p, offset)
-    return output.view(rows.shape).movedim(-1, 1)
+    channels_last = input.movedim(1, -1)
+    rows = channels_last.reshape(-1, channels_last.shape[-1])
+    output = norm_act_dropout_rows(rows, norm, activation, p, columns.first if columns else 0)
+    return output.view(channels_last.shape).movedim(-1, 1)
 
 
-def _norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float, offset: int) -> Tensor:
+class Tail(NamedTuple):
+    """What follows a product: settings of the normalisation, activation and dropout.
+
+    batch_stats: mean and variance are the input's own, so that its gradient goes through them as well. col_offset: see
+    `kernels.batch_norm.batch_norm_fwd`.
+    """
+
+    eps: float
+    activation: str | None
+    p: float
+    col_offset: int
+    batch_stats: bool
+
+
+def norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float, col_offset: int) -> Tensor:
+    """`norm_act_dropout` of a matrix by the kernels. col_offset: see `kernels.batch_norm.batch_norm_fwd`."""
     (seed,) = draw_seeds(1, rows.device) if p else (None,)
     if norm is None:
-        return NormActDropoutFunction.apply(rows, None, None, None, None, seed, 0.0, activation, p, offset, False)  # pyright: ignore
+        tail = Tail(0.0, activation, p, col_offset, batch_stats=False)
+        return NormActDropoutFunction.apply(rows, None, None, None, None, seed, tail)
     mean, var = norm.running_mean, norm.running_var
     if norm.batch_stats:
         if torch.compiler.is_compiling():
             mean, var = column_moments(rows.detach(), None, None, None, 0.0)
             move_averages(norm, mean, var, len(rows))
         else:
-            mean, var = column_moments(rows.detach(), *count_batch(norm))
-    return NormActDropoutFunction.apply(  # pyright: ignore[reportReturnType]
-        rows, mean, var, norm.weight, norm.bias, seed, norm.eps, activation, p, offset, norm.batch_stats
-    )
+            count_cumulative_batch(norm)
+            mean, var = column_moments(rows.detach(), norm.running_mean, norm.running_var, norm.batches, norm.momentum)
+    tail = Tail(norm.eps, activation, p, col_offset, norm.batch_stats)
+    return NormActDropoutFunction.apply(rows, mean, var, norm.weight, norm.bias, seed, tail)
+
+
+def count_cumulative_batch(norm: Norm) -> None:
+    """Increment the count of a cumulative average (momentum None), which the kernels divide by; others they count."""
+    if norm.momentum is None and norm.batches is not None:
+        norm.batches.add_(1)
 
 
 def move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: Tensor | int) -> None:
-    """What the kernels do to running averages, by operations that a compiler sees through; var is the biased one."""
+    """Move the running averages by PyTorch operations, as the kernels do. var: the biased variance of `rows` rows."""
     share: Any = norm.momentum
     if norm.batches is not None:
         norm.batches.add_(1)
@@ -107,11 +146,8 @@ def move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: Tensor | int) -> 
             running.copy_((1 - share) * running + share * new)
 
 
-class NormActDropoutFunction(torch.autograd.Function):
-    """dropout(act((input - mean) / sqrt(var + eps) weight + bias)) of a matrix, given the statistics.
-
-    With batch_stats, mean and var are input's own, and its gradient is that through them as well.
-    """
+class NormActDropoutFunction(Function):
+    """dropout(act((input - mean) / sqrt(var + eps) weight + bias)) of a matrix (M, N), given the statistics (N,)."""
 
     @staticmethod
     def forward(
@@ -122,39 +158,46 @@ class NormActDropoutFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         seed: Tensor | None,
-        eps: float,
-        activation: str | None,
-        p: float,
-        offset: int,
-        batch_stats: bool,
+        tail: Tail,
     ) -> Tensor:
         ctx.save_for_backward(input, mean, var, weight, bias, seed)
-        ctx.options = eps, activation, p, offset, batch_stats
-        return batch_norm_fwd(input, mean, var, weight, bias, eps, activation, p, seed, offset)[0]
+        ctx.tail = tail
+        norm = NormArgs(mean, var, weight, bias, tail.eps)
+        return batch_norm_fwd(input, *norm, tail.activation, tail.p, seed, tail.col_offset)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, bias, seed = ctx.saved_tensors
-        eps, activation, p, offset, batch_stats = ctx.options
-        input_needs, weight_needs, bias_needs = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        tail: Tail = ctx.tail
+        input_needs, _, _, weight_needs, bias_needs, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            again = Kept(None, input, mean, var, seed)
-            norm = None if mean is None else Norm(None, None, None, None, None, batch_stats, eps=eps)
-            layer = Layer(None, None, activation, norm, p, Columns(offset, 0))  # pyright: ignore[reportArgumentType]
-            wanted = input_needs, weight_needs, bias_needs
             dx, dweight, dbias = differentiable_grads(
-                grad_output, (input, weight, bias), wanted, lambda x, *affine: block_again(x, layer, affine, again)
+                grad_output,
+                (input, weight, bias),
+                (input_needs, weight_needs, bias_needs),
+                lambda x, weight, bias: norm_act_dropout_by_torch(x, NormArgs(mean, var, weight, bias), seed, tail),
             )
-            return dx, None, None, dweight, dbias, *(None,) * 6
+            return dx, None, None, dweight, dbias, None, None
 
-        norm, tail = (mean, var, weight, bias, eps), (activation, p, seed, offset)
+        norm = NormArgs(mean, var, weight, bias, tail.eps)
+        block = tail.activation, tail.p, seed, tail.col_offset
         sums = None
-        params = iter(())
-        if mean is not None and (batch_stats or weight_needs or bias_needs):
-            sums, *grads = batch_norm_bwd_sums(grad_output, input, *norm, *tail)
-            params = iter(grads)
-        dweight, dbias = (None if t is None else next(params, None) for t in (weight, bias))
+        found = iter(())
+        if mean is not None and (tail.batch_stats or weight_needs or bias_needs):
+            sums, *grads = batch_norm_bwd_sums(grad_output, input, *norm, *block)
+            found = iter(grads)
+        dweight, dbias = (None if t is None else next(found, None) for t in (weight, bias))
         dx = None
         if input_needs:
-            (dx,) = batch_norm_bwd(grad_output, input, *norm, sums if batch_stats else None, *tail)
-        return dx, None, None, dweight if weight_needs else None, dbias if bias_needs else None, *(None,) * 6
+            (dx,) = batch_norm_bwd(grad_output, input, *norm, sums if tail.batch_stats else None, *block)
+        return dx, None, None, dweight if weight_needs else None, dbias if bias_needs else None, None, None
+
+
+def norm_act_dropout_by_torch(input: Tensor, norm: "NormArgs", seed: Tensor | None, tail: Tail) -> Tensor:
+    """The same as `NormActDropoutFunction`, with the same mask, by differentiable operations; it counts no batch."""
+    again = None
+    if norm.mean is not None:
+        mean, var = (None, None) if tail.batch_stats else (norm.mean, norm.var)
+        again = Norm(mean, var, norm.weight, norm.bias, batch_stats=tail.batch_stats, eps=tail.eps)
+    output = reference.block(input, again, tail.activation)
+    return output if seed is None else DropoutFunction.apply(output, seed, tail.p, tail.col_offset)

@@ -1,34 +1,40 @@
-"""Linear layers one after the other, each with the normalisation, activation and dropout that follow it, as one node.
+"""A chain of linear layers, each with its normalisation, activation and dropout, as one autograd node.
 
-Forward, for layer l with input M_{l-1}: Z_l = M_{l-1} W_l^T + b_l, and M_l = dropout(act(norm(Z_l))). Backward, with
-dZ_l the gradient of Z_l: dW_l = dZ_l^T M_{l-1}, db_l = dZ_l^T 1, and dZ_{l-1} begins in the epilogue of dZ_l W_l.
+Layer l turns its input M_{l-1} into M_l:
 
-A plain layer (nothing but an activation) computes M_l, and what the derivative needs, in the product's epilogue. Any
-other keeps Z_l, normalises, activates and drops in one pass of its own, and computes that again where it is wanted.
+    forward     Z_l = M_{l-1} W_l^T + b_l          M_l = dropout(act(norm(Z_l)))
+    backward    dW_l = dZ_l^T M_{l-1}              db_l = dZ_l^T 1
+                dZ_{l-1} = (dZ_l W_l) through dropout, act and norm of layer l-1
+
+A plain layer has nothing but an activation: the product's epilogue computes M_l and what the derivative needs, and the
+epilogue of dZ_l W_l applies the derivative. Any other layer keeps Z_l. One pass computes M_l from it, and backward
+computes M_l again where it needs it.
 """
 # pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportReturnType=false
 # (kernels are called only where launch.explain has found Triton; what is None depends on a layer's kind)
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import launch
-from . import reference
-from .dropout import DropoutFunction
-from .reference import Columns, Norm
+from .autograd import Function
+from .batch_norm import Tail, count_cumulative_batch, norm_act_dropout_by_torch
+from .layer import Layer, Params
+from .second_order import differentiable_grads
 
 if launch.HAS_TRITON:
     from ..kernels.activation import ACTIVATIONS
     from ..kernels.batch_norm import (
+        NormArgs,
         batch_norm_bwd,
         batch_norm_bwd_sums,
         batch_norm_fwd,
-        dropout_args,
         merge_grad_sums,
     )
+    from ..kernels.dropout import dropout_args
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.linear import (
         activation_bwd,
@@ -44,45 +50,23 @@ if launch.HAS_TRITON:
     from ..kernels.random import draw_seeds
 
 
-class Layer(NamedTuple):
-    """A linear layer and what follows it; dropout with probability p in [0, 1), here and now.
-
-    columns: which ones of the whole output it computes, if not all.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    activation: str | None = None
-    norm: Norm | None = None
-    p: float = 0.0
-    columns: Columns | None = None
-
-    @property
-    def offset(self) -> int:
-        return self.columns.first if self.columns else 0
-
-    @property
-    def plain(self) -> bool:
-        return self.norm is None and not self.p
-
-
 class Entrance(Protocol):
-    """What brought a chain its input from other processes, and takes the input's gradient back to them."""
+    """The collective that brought a chain its input from other processes, and takes the input's gradient back."""
 
     def __call__(self, input: Tensor) -> Tensor:
-        """The input; its gradient, differentiable itself, goes the way back."""
+        """The input, as a differentiable function of it."""
         ...
 
     def start(self, grad: Tensor) -> Callable[[], Tensor]:
-        """Send a fresh gradient on its way back; the call that is returned waits for what comes of it."""
+        """Start to send the input's gradient back. The returned call waits for the result."""
         ...
 
 
 class Kept(NamedTuple):
-    """What forward keeps of a layer for its backward.
+    """What forward keeps of a layer for backward.
 
-    postact: its output; preact: what its derivative is computed from, Z of a layer that is not plain; mean, var: of Z;
-    seed: of its dropout.
+    postact: the output. preact: what the derivative is computed from; Z, unless the layer is plain. mean, var: of the
+    columns of Z. seed: of the dropout.
     """
 
     postact: Tensor | None
@@ -99,37 +83,35 @@ def _forward_plain(input: Tensor, layer: Layer, save: bool) -> Kept:
 
 
 def _forward_block(input: Tensor, layer: Layer, seed: Tensor | None, save: bool) -> Kept:
-    norm, mean, var = layer.norm, None, None
+    norm = layer.norm
+    mean = var = None
     if norm is not None and norm.batch_stats:
+        count_cumulative_batch(norm)
         preact, partial, rows = linear_fwd_moments(input, layer.weight, layer.bias)
-        mean, var = merge_partial_moments(partial, len(input), rows, *count_batch(norm))
+        mean, var = merge_partial_moments(
+            partial, len(input), rows, norm.running_mean, norm.running_var, norm.batches, norm.momentum
+        )
     else:
         if norm is not None:
             mean, var = norm.running_mean, norm.running_var
             if not save and seed is None:
-                args = mean, var, norm.weight, norm.bias, norm.eps
+                args = NormArgs(mean, var, norm.weight, norm.bias, norm.eps)
                 return Kept(*linear_fwd_norm(input, layer.weight, layer.bias, *args, layer.activation))
         (preact,) = linear_fwd(input, layer.weight, layer.bias)
     kept = Kept(None, preact, mean, var, seed)
-    return kept._replace(postact=_block(layer, kept))
+    return kept._replace(postact=_block_output(layer, kept))
 
 
-def count_batch(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None]:
-    """What the kernels move on: running averages, the count, momentum. A cumulative average wants the count first."""
-    if norm.momentum is None and norm.batches is not None:
-        norm.batches.add_(1)
-    return norm.running_mean, norm.running_var, norm.batches, norm.momentum
+def _norm_args(layer: Layer, kept: Kept) -> "NormArgs":
+    if layer.norm is None:
+        return NormArgs()
+    return NormArgs(kept.mean, kept.var, layer.norm.weight, layer.norm.bias, layer.norm.eps)
 
 
-def _norm(layer: Layer, kept: Kept) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
-    """mean, var, weight, bias, eps as the kernels take them."""
-    weight, bias, eps = (layer.norm.weight, layer.norm.bias, layer.norm.eps) if layer.norm else (None, None, 0.0)
-    return kept.mean, kept.var, weight, bias, eps
-
-
-def _block(layer: Layer, kept: Kept) -> Tensor:
-    """The layer's output from its preactivation."""
-    return batch_norm_fwd(kept.preact, *_norm(layer, kept), layer.activation, layer.p, kept.seed, layer.offset)[0]
+def _block_output(layer: Layer, kept: Kept) -> Tensor:
+    """The output of a layer that is not plain, from what is kept of it."""
+    norm = _norm_args(layer, kept)
+    return batch_norm_fwd(kept.preact, *norm, layer.activation, layer.p, kept.seed, layer.offset)[0]
 
 
 def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
@@ -146,7 +128,7 @@ def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
 
 
 class Grads(NamedTuple):
-    """Gradients of a layer's preactivation and of what normalises it."""
+    """Gradients of a layer's Z and of the parameters of its normalisation."""
 
     dz: Tensor
     norm_weight: Tensor | None = None
@@ -154,23 +136,25 @@ class Grads(NamedTuple):
 
 
 def _backward_top(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
-    """Through all that follows the product, for a gradient that no dgrad of ours produced."""
+    """From the gradient of the chain's output to that of the last layer's Z."""
     if layer.plain:
         return Grads(grad if layer.activation is None else activation_bwd(grad, layer.activation, kept.preact)[0])
-    tail = layer.activation, layer.p, kept.seed, layer.offset
-    sums = batch_norm_bwd_sums(grad, kept.preact, *_norm(layer, kept), *tail) if layer.norm else None
-    return _through_norm(layer, kept, grad, sums, *tail)
+    block = layer.activation, layer.p, kept.seed, layer.offset
+    sums = None
+    if layer.norm is not None:
+        sums = batch_norm_bwd_sums(grad, kept.preact, *_norm_args(layer, kept), *block)
+    return _through_norm(layer, kept, grad, sums, *block)
 
 
 def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Grads:
-    """Through a product and all that follows the product below it."""
+    """From the gradient of a layer's Z to that of the layer below it."""
     if below.plain:
         return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
-    norm, dropped = _norm(below, kept), dropout_args(below.p, kept.seed, below.offset)
-    du, partial = linear_dgrad_norm(dz, weight, kept.preact, norm, dropped, below.activation)
+    norm, dropout = _norm_args(below, kept), dropout_args(below.p, kept.seed, col_offset=below.offset)
+    du, partial = linear_dgrad_norm(dz, weight, kept.preact, norm, dropout, below.activation)
     if below.norm is None:
         return Grads(du)
-    return _through_norm(below, kept, du, merge_grad_sums(partial, *below.norm[:2]))
+    return _through_norm(below, kept, du, merge_grad_sums(partial, below.norm.weight, below.norm.bias))
 
 
 def _through_norm(
@@ -183,37 +167,32 @@ def _through_norm(
     seed: Tensor | None = None,
     offset: int = 0,
 ) -> Grads:
-    """From a gradient, and the activation and dropout that it has not been through yet, and sums that belong to it."""
-    total, *params = sums or [None]
-    batch_stats = layer.norm is not None and layer.norm.batch_stats
-    args = *_norm(layer, kept), total if batch_stats else None
-    (dz,) = batch_norm_bwd(grad, kept.preact, *args, activation, p, seed, offset)
-    found = iter(params)
-    return Grads(dz, *(None if t is None else next(found) for t in (layer.norm[:2] if layer.norm else (None, None))))
+    """Gradients of Z and of the normalisation's parameters.
+
+    grad: a gradient that has yet to go through the given activation and dropout, and then through the normalisation.
+    sums: of `merge_grad_sums`.
+    """
+    norm = layer.norm
+    total, *found = sums or [None]
+    batch_total = total if norm is not None and norm.batch_stats else None
+    (dz,) = batch_norm_bwd(grad, kept.preact, *_norm_args(layer, kept), batch_total, activation, p, seed, offset)
+    params = iter(found)
+    dweight = next(params) if norm is not None and norm.weight is not None else None
+    dbias = next(params) if norm is not None and norm.bias is not None else None
+    return Grads(dz, dweight, dbias)
 
 
-PARAMS = 4  # of a layer: weight, bias, norm.weight, norm.bias
+Group = TypeVar("Group", Params, Kept)
 
 
-def _params(layers: Sequence[Layer]) -> list[Tensor | None]:
-    return [
-        t for layer in layers for t in (layer.weight, layer.bias, *(layer.norm[:2] if layer.norm else (None, None)))
-    ]
+def _grouped(kind: type[Group], flat: Sequence[Any]) -> list[Group]:
+    """What a node's flat arguments, or its saved tensors, were before they were written one after the other."""
+    size = len(kind._fields)
+    return [kind(*flat[first : first + size]) for first in range(0, len(flat), size)]
 
 
-def _without_params(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    return tuple(_with_params(layers, [None] * (PARAMS * len(layers))))
-
-
-def _with_params(layers: Sequence[Layer], params: Sequence[Any]) -> Iterator[Layer]:
-    for number, layer in enumerate(layers):
-        weight, bias, *norm_params = params[PARAMS * number : PARAMS * (number + 1)]
-        norm = layer.norm and layer.norm._replace(weight=norm_params[0], bias=norm_params[1])
-        yield layer._replace(weight=weight, bias=bias, norm=norm)
-
-
-class LinearFunction(torch.autograd.Function):
-    """A chain of layers, given without their parameters, on a matrix of rows as one autograd node; see above."""
+class LinearFunction(Function):
+    """A chain on a matrix of rows. The layers come without their parameters; those follow, `Params` after `Params`."""
 
     @staticmethod
     def forward(
@@ -224,113 +203,113 @@ class LinearFunction(torch.autograd.Function):
         entrance: Entrance | None,
         *params: Tensor | None,
     ) -> Tensor:
-        kept = _forward(input, list(_with_params(layers, params)), save=True)
+        whole = [layer.with_params(each) for layer, each in zip(layers, _grouped(Params, params), strict=True)]
+        kept = _forward(input, whole, save=True)
         ctx.layers, ctx.entrance = layers, entrance
         output = kept[-1].postact
         assert output is not None
         kept[-1] = kept[-1]._replace(postact=None)
         if recompute:
-            kept = [_least(layer, each) for layer, each in zip(layers, kept, strict=True)]
+            kept = [_without_recomputable(layer, each) for layer, each in zip(layers, kept, strict=True)]
         ctx.save_for_backward(input, *params, *(t for each in kept for t in each))
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        depth = len(ctx.layers)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.layers) * len(Params._fields)
         input, *rest = ctx.saved_tensors
-        params, rest = rest[: PARAMS * depth], rest[PARAMS * depth :]
-        size = len(Kept._fields)
-        kept = [Kept(*rest[size * number : size * (number + 1)]) for number in range(depth)]
-        layers = list(_with_params(ctx.layers, params))
-        input_needs, _, _, _, *params_need = ctx.needs_input_grad
+        params, kept = rest[:count], _grouped(Kept, rest[count:])
+        layers = [layer.with_params(each) for layer, each in zip(ctx.layers, _grouped(Params, params), strict=True)]
+        input_needs, _, _, _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             enter = ctx.entrance or (lambda input: input)
             input_grad, *grads = differentiable_grads(
                 grad_output,
                 (input, *params),
-                (input_needs, *params_need),
-                lambda x, *leaves: _chain_again(enter(x), list(_with_params(layers, leaves)), kept),
+                (input_needs, *needs),
+                lambda x, *leaves: _chain_by_torch(enter(x), ctx.layers, _grouped(Params, leaves), kept),
             )
-            return input_grad, None, None, None, *grads
+        else:
+            backward = _Backward(input, layers, kept, _grouped(Params, needs), ctx.entrance if input_needs else None)
+            input_grad, found = backward.run(grad_output, input_needs)
+            grads = [grad for each in found for grad in each]
+        return input_grad, None, None, None, *grads
 
-        # Layer l's dZ is wanted by its own parameters and by everything below it.
-        lowest = 0 if input_needs else next(i for i, need in enumerate(params_need) if need) // PARAMS
-        grads: list[Tensor | None] = [None] * (PARAMS * depth)
+
+class _Backward(NamedTuple):
+    """The backward of a chain by the kernels, from the last layer down. needs: which parameters want a gradient."""
+
+    input: Tensor
+    layers: Sequence[Layer]
+    kept: Sequence[Kept]
+    needs: Sequence[Params]
+    entrance: Entrance | None
+
+    def run(self, grad_output: Tensor, input_needs: bool) -> tuple[Tensor | None, list[Params]]:
+        """The input's gradient, and every layer's."""
+        lowest = 0 if input_needs else next(number for number, need in enumerate(self.needs) if any(need))
+        grads = [Params() for _ in self.layers]
         unreduced: list[Unreduced] = []
-        found = _backward_top(layers[-1], kept[-1], grad_output)
+        found = _backward_top(self.layers[-1], self.kept[-1], grad_output)
         input_grad = finish = None
-        for number in range(depth - 1, lowest - 1, -1):
+        for number in range(len(self.layers) - 1, lowest - 1, -1):
             if number == 0 and input_needs:
-                # Before the gradients of parameters, so that what it goes through runs beside them.
-                (input_grad,) = linear_dgrad(found.dz, params[0])
-                finish = ctx.entrance.start(input_grad) if ctx.entrance else None
-            weight_needs, bias_needs, *norm_needs = params_need[PARAMS * number : PARAMS * (number + 1)]
-            of_norm = [grad if need else None for grad, need in zip(found[1:], norm_needs, strict=True)]
-            of_linear: list[Tensor | None] = [None, None]
-            if weight_needs:
-                below = _output(layers[number - 1], kept[number - 1]) if number else input
-                if torch.compiler.is_compiling():
-                    of_linear = [*linear_wgrad(found.dz, below, bias_needs), None][:2]
-                else:
-                    of_linear = [*linear_wgrad_unreduced(found.dz, below, bias_needs, unreduced), None][:2]
-            elif bias_needs:
-                of_linear[1] = found.dz.sum(0)
-            grads[PARAMS * number : PARAMS * (number + 1)] = [*of_linear, *of_norm]
+                # Before the gradients of parameters, so that the collective runs beside them.
+                (input_grad,) = linear_dgrad(found.dz, self.layers[0].weight)
+                finish = self.entrance.start(input_grad) if self.entrance else None
+            grads[number] = self._parameter_grads(number, found, unreduced)
             if number > lowest:
-                found = _backward_below(found.dz, params[PARAMS * number], layers[number - 1], kept[number - 1])
+                below = number - 1
+                found = _backward_below(found.dz, self.layers[number].weight, self.layers[below], self.kept[below])
         reduce_splits(unreduced)
-        return finish() if finish else input_grad, None, None, None, *grads
+        return finish() if finish else input_grad, grads
+
+    def _parameter_grads(self, number: int, found: Grads, unreduced: "list[Unreduced]") -> Params:
+        need = self.needs[number]
+        dw = db = None
+        if need.weight:
+            below = number - 1
+            x = _output(self.layers[below], self.kept[below]) if number else self.input
+            if torch.compiler.is_compiling():
+                dw, *rest = linear_wgrad(found.dz, x, need.bias)
+            else:
+                dw, *rest = linear_wgrad_unreduced(found.dz, x, need.bias, unreduced)
+            db = rest[0] if rest else None
+        elif need.bias:
+            db = found.dz.sum(0)
+        norm_weight = found.norm_weight if need.norm_weight else None
+        return Params(dw, db, norm_weight, found.norm_bias if need.norm_bias else None)
 
 
-def _least(layer: Layer, kept: Kept) -> Kept:
-    """Without an output that can be computed again from what else is kept."""
+def _without_recomputable(layer: Layer, kept: Kept) -> Kept:
+    """Without the output, if that can be computed again from the rest."""
     recomputable = not layer.plain or (layer.activation and ACTIVATIONS[layer.activation].saves == "preact")
     return kept._replace(postact=None) if recomputable else kept
 
 
 def _output(layer: Layer, kept: Kept) -> Tensor:
-    return _block(layer, kept) if kept.postact is None else kept.postact
+    return _block_output(layer, kept) if kept.postact is None else kept.postact
 
 
-def differentiable_grads(
-    grad_output: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool], function: Callable[..., Tensor]
-) -> list[Tensor | None]:
-    """The gradients as functions of the inputs: autograd enables grad mode in backward exactly under create_graph."""
-    # Views, so that one tensor given twice gets a gradient for each place.
-    leaves = [t if t is None else t.view_as(t) for t in inputs]
-    with torch.autocast(grad_output.device.type, enabled=False):
-        output = function(*leaves)
-    asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-    found = iter(torch.autograd.grad(output, asked, grad_output, create_graph=True))  # pyright: ignore
-    return [next(found) if need else None for need in wanted]
-
-
-def _chain_again(input: Tensor, layers: Sequence[Layer], kept: Sequence[Kept]) -> Tensor:
-    """The chain's output by operations of PyTorch, with the same dropout; nothing is counted."""
-    for layer, each in zip(layers, kept, strict=True):
-        input = torch.nn.functional.linear(input, layer.weight, layer.bias)
-        input = block_again(input, layer, layer.norm[:2] if layer.norm else (None, None), each)
+def _chain_by_torch(input: Tensor, layers: Sequence[Layer], params: Sequence[Params], kept: Sequence[Kept]) -> Tensor:
+    """The chain's output by differentiable operations, with the same dropout; it counts no batch."""
+    for layer, (weight, bias, norm_weight, norm_bias), each in zip(layers, params, kept, strict=True):
+        preact = torch.nn.functional.linear(input, weight, bias)
+        norm = NormArgs(each.mean, each.var, norm_weight, norm_bias) if layer.norm else NormArgs()
+        batch_stats, eps = (layer.norm.batch_stats, layer.norm.eps) if layer.norm else (False, 0.0)
+        tail = Tail(eps, layer.activation, layer.p, layer.offset, batch_stats)
+        input = norm_act_dropout_by_torch(preact, norm, each.seed, tail)
     return input
-
-
-def block_again(preact: Tensor, layer: Layer, affine: Sequence[Tensor | None], kept: Kept) -> Tensor:
-    """What follows a product, likewise; affine: the normalisation's weight and bias."""
-    norm = layer.norm
-    if norm is not None:
-        weight, bias = affine
-        mean, var = (None, None) if norm.batch_stats else (kept.mean, kept.var)
-        norm = Norm(weight, bias, mean, var, batch_stats=norm.batch_stats, eps=norm.eps)
-    output = reference.block(preact, norm, layer.activation)
-    return output if kept.seed is None else DropoutFunction.apply(output, kept.seed, layer.p, layer.offset)  # pyright: ignore
 
 
 def run_chain(
     input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
 ) -> Tensor:
-    """The chain on a matrix of rows, by the kernels; recompute: keep less for backward and compute it again."""
-    params = _params(layers)
+    """The chain on a matrix of rows, by the kernels. recompute: keep less for backward, and compute it again there."""
+    params = [t for layer in layers for t in layer.params()]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
-        return LinearFunction.apply(input, _without_params(layers), recompute, entrance, *params)  # pyright: ignore[reportReturnType]
+        bare = tuple(layer.with_params(Params()) for layer in layers)
+        return LinearFunction.apply(input, bare, recompute, entrance, *params)
     output = _forward(input, layers, save=False)[-1].postact
     assert output is not None
     return output

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy: everything that torch.nn.functional.cross_entropy does, in three passes over the logits."""
+"""Softmax cross-entropy, with every option of torch.nn.functional.cross_entropy, on the fused kernels."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch
-from .chain import differentiable_grads
-from .linear import autocasts
+from .autocast import autocasts
+from .autograd import Function
+from .check import check_indices, check_loss
+from .loss_options import LossOptions
+from .second_order import differentiable_grads
 
 if launch.HAS_TRITON:
-    from ..kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
-
-REDUCTIONS = ("none", "mean", "sum")
+    from ..kernels.cross_entropy import cross_entropy_fwd
+    from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 
 
 def cross_entropy(
@@ -27,27 +29,37 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-sum_c w_c y_c log softmax(input)_c, for every sample and place.
+    """-sum_c w_c y_c log softmax(input)_c for every sample and place.
 
-    input (C,), (N, C) or (N, C, d1, ...), of a floating dtype; target: class indices, of input's shape without C, or
-    class probabilities, of input's shape; weight (C,) or None: w, else 1. y is the one-hot target or the probabilities,
-    of which label_smoothing mixes that share with 1 / C. Samples whose index is ignore_index lose nothing. reduction:
-    "none" keeps input's shape without C; "sum"; "mean" divides the sum by the weights of the indices that count, or by
-    the number of samples. Under torch.autocast the loss is float32, and the logits are not copied.
+    y is the one-hot target or the given probabilities.
 
-    An index out of range raises IndexError on the CPU. On a GPU, where looking would mean waiting, nothing is read, and
-    loss and gradient of that sample are nan; FUSEMLP_DEBUG=1 looks and raises.
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype. Under torch.autocast the loss is float32;
+            the logits are not copied.
+        target: class indices, of input's shape without C; or class probabilities, of input's shape.
+        weight: w, (C,); None: 1.
+        ignore_index: index of samples whose loss is 0.
+        reduction: "none" for a loss of input's shape without C; "sum"; or "mean", the sum divided by the weights of the
+            indices that are not ignored or, for probabilities, by the number of samples.
+        label_smoothing: in [0, 1], replaces y by (1 - label_smoothing) y + label_smoothing / C.
 
-    Raises ValueError for a wrong shape, device, reduction or label_smoothing, TypeError for a wrong type or dtype.
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: a wrong shape, device, reduction or label_smoothing.
+        TypeError: a wrong type or dtype.
+        IndexError: on the CPU, an index out of range. On a GPU, checking it would wait for the device. There nothing is
+            read at such an index, and loss and gradient of the sample are nan. FUSEMLP_DEBUG=1 enables the check.
     """
-    check_loss(input, target, weight, ignore_index, reduction, label_smoothing)
+    options = LossOptions(ignore_index, reduction, label_smoothing)
+    check_loss(input, target, weight, options)
     served = launch.explain(input, target, weight, product=False)
     if served.backend == "torch" or target.requires_grad:
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        return torch.nn.functional.cross_entropy(input, target, weight, **options)
+        return torch.nn.functional.cross_entropy(input, target, weight, **options.keywords())
     classes = input.shape[0 if input.dim() == 1 else 1]
     if os.environ.get("FUSEMLP_DEBUG") == "1" and not target.is_floating_point():
-        _check_range(target, ignore_index, classes)
+        check_indices(target, ignore_index, classes)
     samples = input.shape[:1] if input.dim() > 1 else (1,)
     places = input.shape[2:]
     probabilities = target.is_floating_point()
@@ -55,101 +67,57 @@ def cross_entropy(
         input.reshape(*samples, classes, -1),
         target.reshape(*samples, classes, -1) if probabilities else target.reshape(*samples, -1).long().contiguous(),
         None if weight is None else weight.contiguous(),
-        *(ignore_index, reduction, float(label_smoothing), autocasts(input)),
+        options._replace(label_smoothing=float(label_smoothing), float32=autocasts(input)),
     )
-    return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss  # pyright: ignore
-
-
-def check_loss(input: Any, target: Any, weight: Any, ignore_index: int, reduction: str, label_smoothing: float) -> None:
-    """Refuse what `cross_entropy` cannot compute, naming the argument."""
-    for name, given in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(given, Tensor) and not (name == "weight" and given is None):
-            raise TypeError(f"{name}: {type(given).__name__}; must be a torch.Tensor")
-        if given is not None and given.device != input.device:
-            raise ValueError(f"{name}: on {given.device}; must be on input's device, {input.device}")
-    if not input.is_floating_point():
-        raise TypeError(f"input: dtype {input.dtype}; must be a floating one")
-    if input.dim() == 0:
-        raise ValueError("input: shape (); expected (C,), (N, C) or (N, C, d1, ...)")
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    without = input.shape[:0] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise ValueError(f"target: shape {tuple(target.shape)}; probabilities need input's, {tuple(input.shape)}")
-        if ignore_index >= 0:
-            raise ValueError(f"ignore_index: {ignore_index}; class probabilities cannot be ignored")
-    elif target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"target: dtype {target.dtype}; allowed are int64, uint8 and, for probabilities, floating ones")
-    elif target.shape != without:
-        raise ValueError(f"target: shape {tuple(target.shape)}; class indices of this input need {tuple(without)}")
-    if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({classes},)")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: {reduction!r}; allowed are {', '.join(map(repr, REDUCTIONS))}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: {label_smoothing}; must be between 0 and 1")
-
-
-def _check_range(target: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if wrong.numel():
-        raise IndexError(f"target: {wrong[0].item()}; class indices go from 0 to {classes - 1}")
+    return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss
 
 
 def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Tensor:
-    """The gradient of every row's loss, (N S,)."""
+    """The gradient of the loss of each row.
+
+    Args:
+        grad_output: gradient of the loss, (N, S) for reduction "none", else ().
+        samples: N and S.
+        reduction: of the loss.
+
+    Returns:
+        (N S,). A mean's division by the total weight is left to the caller.
+    """
     N, S = samples
     return grad_output.expand(N, S).reshape(-1) if reduction == "none" else grad_output.reshape(1).expand(N * S)
 
 
-def torchs_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    smoothing: float,
-    float32: bool,
-) -> Tensor:
-    """The same loss by operations of PyTorch, for derivatives of any order."""
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-    logits = logits.float() if float32 and logits.dtype != torch.float64 else logits
-    return torch.nn.functional.cross_entropy(logits, target, weight, **options)
+def cross_entropy_by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """The same loss by differentiable operations of PyTorch. logits: (N, C, S); options.float32: see `LossOptions`."""
+    logits = logits.float() if options.float32 and logits.dtype != torch.float64 else logits
+    return torch.nn.functional.cross_entropy(logits, target, weight, **options.keywords())
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """The loss of logits (N, C, S); see `cross_entropy`."""
+class CrossEntropyFunction(Function):
+    """The loss of logits (N, C, S), by the kernels; see `cross_entropy`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        smoothing: float,
-        float32: bool,
-    ) -> Tensor:
-        loss, stats, total_weight = cross_entropy_fwd(
-            logits, target, weight, ignore_index, reduction, smoothing, float32
-        )
-        ctx.save_for_backward(logits, target, weight, stats, total_weight if reduction == "mean" else None)
-        ctx.options = ignore_index, reduction, smoothing, float32
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+        loss, stats, total_weight = cross_entropy_fwd(logits, target, weight, *options)
+        needed = total_weight if options.reduction == "mean" else None
+        ctx.save_for_backward(logits, target, weight, stats, needed)
+        ctx.options = options
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats, total_weight = ctx.saved_tensors
-        ignore_index, reduction, smoothing, _ = ctx.options
+        options: LossOptions = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-
-            def again(logits: Tensor) -> Tensor:
-                return torchs_cross_entropy(logits, target, weight, *ctx.options)
-
-            (dlogits,) = differentiable_grads(grad_output, (logits,), (True,), again)
+            (dlogits,) = differentiable_grads(
+                grad_output,
+                (logits,),
+                (True,),
+                lambda logits: cross_entropy_by_torch(logits, target, weight, options),
+            )
         else:
             N, _, S = logits.shape
-            grad = per_row(grad_output, (N, S), reduction)
+            grad = per_row(grad_output, (N, S), options.reduction)
+            ignore_index, smoothing = options.ignore_index, options.label_smoothing
             (dlogits,) = cross_entropy_bwd(logits, target, weight, stats, grad, total_weight, ignore_index, smoothing)
-        return dlogits, *(None,) * 6
+        return dlogits, None, None, None

@@ -1,4 +1,4 @@
-"""Batch normalisation that is over and done with, folded into the linear layer before it."""
+"""Batch normalisation by running averages, folded into the linear layer before it."""
 
 import copy
 from collections import Counter
@@ -11,14 +11,23 @@ CHECKED_ROWS = 64
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy of the module, for evaluation, without the BatchNorm1d that follow a Linear in a Sequential (or MLP).
+    """A copy of the module, for evaluation, in which each BatchNorm1d is folded into the Linear before it.
 
-    Of Linear (w, b) and BatchNorm1d (running mean m and variance v, weight g, bias s) a Linear remains, with weight
-    g w / sqrt(v + eps) and bias g (b - m) / sqrt(v + eps) + s, computed in float64. Normalisations without running
-    statistics, pairs that hooks or parametrizations watch, and layers used in several places stay as they are.
+    This is done in every Sequential and MLP of the module. For Linear (w, b) and BatchNorm1d with running mean m,
+    running variance v, weight g and bias s, the new Linear has weight g w / sqrt(v + eps) and bias
+    g (b - m) / sqrt(v + eps) + s, computed in float64. These are not folded: normalisations without running averages,
+    modules with hooks or parametrizations, and modules that are used more than once. Each folded layer is compared with
+    the original two on normally distributed input.
 
-    Each pair and what is left of it are compared on normal numbers: RuntimeError if they differ in more than half of
-    the digits. Raises ValueError if the module is in training mode.
+    Args:
+        module: in evaluation mode.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: the module is in training mode.
+        RuntimeError: results of a folded layer differ by more than sqrt(eps) of the largest, with eps of the dtype.
     """
     if any(child.training for child in module.modules()):
         raise ValueError("module: in training mode; call eval() first: folding fixes the running statistics")

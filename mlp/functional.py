@@ -1,4 +1,4 @@
-"""The library's operations as functions, shaped like those of torch.nn.functional."""
+"""The library's operations as functions with the signatures of torch.nn.functional."""
 
 from .batch_norm import batch_norm, batch_norm_act_dropout
 from .cross_entropy import cross_entropy

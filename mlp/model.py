@@ -1,4 +1,4 @@
-"""MLP: the Sequential a person would write, run as fused layers wherever nobody can tell."""
+"""MLP: an nn.Sequential of linear layers, run as fused layers wherever this gives the same results."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from operator import index
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..kernels import launch
-from . import reference
-from .chain import Layer
+from .check import check_activation, check_choice, check_probability, check_widths
+from .layer import Layer
 from .linear import linear_chain
 from .modules import BatchNorm1d, Dropout, Linear, norm_of
 
@@ -40,11 +39,16 @@ SATURATING = ("sigmoid", "tanh")
 
 
 def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
-    """Initialise a linear layer of a net with this activation; biases start at zero except with "torch".
+    """Initialise a linear layer in place.
 
-    "he": std sqrt(2 / in_features) (He et al. 2015); "xavier": std sqrt(2 / (in_features + out_features)) (Glorot and
-    Bengio 2010); "orthogonal": Saxe et al. 2014; "torch": torch.nn.Linear's own; "auto": He for ReLU and its
-    relatives, Xavier for saturating activations and none.
+    "he": std sqrt(2 / in_features) (He et al. 2015). "xavier": std sqrt(2 / (in_features + out_features)) (Glorot and
+    Bengio 2010). "orthogonal": Saxe et al. 2014. "torch": as torch.nn.Linear does. "auto": "xavier" for saturating
+    activations and without an activation, else "he". The bias is set to zero, except for "torch".
+
+    Args:
+        layer: the layer.
+        init: one of these names.
+        activation: activation of the net, or None.
     """
     if init == "torch":
         return
@@ -55,7 +59,7 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
     elif init == "xavier":
         nn.init.xavier_normal_(layer.weight)
     else:
-        # The factorisation behind it knows no 16-bit numbers.
+        # orthogonal_ uses a factorisation that has no 16-bit implementation.
         wide = torch.empty_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
         with torch.no_grad():
             layer.weight.copy_(nn.init.orthogonal_(wide))
@@ -66,22 +70,24 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
 class MLP(nn.Sequential):
     """A multilayer perceptron: Linear[, BatchNorm1d], activation[, Dropout] for each hidden width, then Linear.
 
-    An nn.Sequential with the state_dict keys of the one a person would write; slicing it gives an nn.Sequential.
+    It has the state_dict keys of an nn.Sequential of these modules. A slice of it is an nn.Sequential.
 
     Args:
-        in_features: width of the input, (*, in_features); (N, in_features) with batch_norm.
-        hidden_features: width of each hidden layer, every one at least 1; may be empty.
+        in_features: width of the input, (*, in_features); with batch_norm, (N, in_features).
+        hidden_features: width of each hidden layer, at least 1; may be empty.
         out_features: width of the output, (*, out_features).
         activation: after every hidden layer; see `functional.linear`.
-        batch_norm: normalise between the linear layer and the activation.
-        dropout: probability, in [0, 1], of zeroing an element after the activation; 0 leaves the layer out.
-        bias: whether the linear layers add one.
+        batch_norm: whether to normalise between the linear layer and the activation.
+        dropout: probability, in [0, 1], of dropping an element after the activation; for 0 there is no dropout module.
+        bias: whether the linear layers have a bias.
         init: "auto", "he", "xavier", "orthogonal" or "torch"; see `init_linear`.
-        checkpoint: keep one activation of each hidden layer for backward, its input or (the kernels, for which that
-            saves a product) what the linear layer returned, and compute the rest again.
+        checkpoint: whether to keep only one tensor of each hidden layer for backward and compute the others again. The
+            kernels keep the output of the linear layer, which saves a product; PyTorch keeps the layer's input.
         device, dtype: of parameters and buffers.
 
-    Raises ValueError or TypeError naming the argument that is out of range or of the wrong type.
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -99,22 +105,10 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
-            raise TypeError(f"hidden_features: {hidden_features!r}; must be a sequence of widths, such as [64, 64]")
-        widths = {"in_features": [in_features], "hidden_features": hidden_features, "out_features": [out_features]}
-        for name, given in widths.items():
-            for width in given:
-                if not isinstance(width, SupportsIndex):
-                    raise TypeError(f"{name}: {width!r}; every width must be an int")
-                if index(width) < 1:
-                    raise ValueError(f"{name}: {width}; every width must be at least 1")
-        if activation not in list(reference.ACTIVATIONS):
-            allowed = ", ".join(map(repr, reference.ACTIVATIONS))
-            raise ValueError(f"activation: {activation!r}; allowed are {allowed}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: {dropout}; must be between 0 and 1")
-        if init not in get_args(Init):
-            raise ValueError(f"init: {init!r}; allowed are {', '.join(map(repr, get_args(Init)))}")
+        check_widths(in_features, hidden_features, out_features)
+        check_activation(activation)
+        check_probability("dropout", dropout)
+        check_choice("init", init, get_args(Init))
 
         super().__init__()
         self.checkpoint = checkpoint
@@ -148,21 +142,27 @@ class MLP(nn.Sequential):
             if len(block) == 1:
                 input = self.run(block, input)
             else:
-                # A compiler recomputes values, not effects on modules, and takes no contexts of ours.
+                # torch.compile takes no context_fn. It recomputes values, without side effects on modules.
                 compiling = torch.compiler.is_compiling()
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
                 input = recompute(self.run, block, input, use_reentrant=False, **contexts)
         return input
 
     def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-        """`run_fused`, or as a subclass runs its children."""
+        """Run modules one after the other. recompute: see `run_fused`. Subclasses override this method."""
         return run_fused(modules, input, recompute)
 
 
 def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-    """What calling the modules in turn computes, with stretches of linear layers and what follows them fused.
+    """Compute what calling the modules one after the other computes, with linear layers and what follows them fused.
 
-    recompute: keep less of those stretches for backward, and compute it again there.
+    Args:
+        modules: what to run.
+        input: input of the first module.
+        recompute: keep less of the fused layers for backward, and compute it again there.
+
+    Returns:
+        The output of the last module.
     """
     layers: list[Layer] = []
     one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -173,7 +173,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
         if layer is not None:
             layers.append(layer)
         if layer is None or one_node_per_layer:
-            # So that gradients become ready, and are reduced, layer by layer.
+            # In data-parallel training, one autograd node per layer lets gradients be reduced layer by layer.
             input = linear_chain(input, layers, recompute) if layers else input
             layers = []
         if layer is None:
@@ -182,14 +182,18 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
 
 
 def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
-    """The layer that begins at a position, and of how many modules it is made; no layer, and one, if none does."""
+    """The layer that begins at a position, and the number of its modules.
+
+    A layer is a linear module and, in this order, any of batch norm, activation and dropout. If none begins at the
+    position, the result is None and 1.
+    """
     linear = modules[position]
     if not isinstance(linear, nn.Linear) or not is_plain(linear):
         return None, 1
     layer = Layer(linear.weight, linear.bias)
     rest = iter([module if is_plain(module) else None for module in modules[position + 1 : position + 4]])
     count, following = 1, next(rest, None)
-    # Of 3-D input a BatchNorm1d normalises the columns of other matrices.
+    # For 3-D input, BatchNorm1d normalises dimension 1, which is not the output dimension of the linear layer.
     if isinstance(following, nn.BatchNorm1d) and dims == 2:
         layer, count, following = layer._replace(norm=norm_of(following)), count + 1, next(rest, None)
     if following is not None and (name := activation_name(following)):
@@ -200,12 +204,12 @@ def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[L
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The name under which kernels know an activation module, None for any other module or parameters."""
+    """The kernels' name for an activation module; None for other modules, or other parameters of it."""
     return _NAMES.get(_kind(module))
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """All that an activation module's result depends on."""
+    """Everything that the result of an activation module depends on."""
     get = vars(module).get
     return type(module), get("approximate"), get("negative_slope"), get("alpha"), get("min_val"), get("max_val")
 
@@ -221,7 +225,15 @@ FORWARDS = {
 
 
 def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool:
-    """Whether calling the module runs the forward that its class came with, and nobody would see the call."""
+    """Whether calling the module does nothing but run the forward of its class, so that it can be fused.
+
+    Args:
+        module: the module.
+        forwards: the expected forward of each class.
+
+    Returns:
+        False for other classes, overridden forwards, compiled modules, and modules with hooks.
+    """
     return not (
         type(module).forward is not forwards.get(type(module))
         or "forward" in vars(module)
@@ -235,7 +247,7 @@ def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool
 
 
 def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
-    """The modules from each linear layer up to the next."""
+    """The modules from each linear layer up to the next one."""
     block: list[nn.Module] = []
     for module in modules:
         if isinstance(module, nn.Linear) and block:
@@ -246,12 +258,13 @@ def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _recompute_contexts(block: Sequence[nn.Module]):
+    """The contexts in which `torch.utils.checkpoint` computes a block for the first and second time."""
     return nullcontext(), _as_the_first_time([(m, m.training) for part in block for m in part.modules()])
 
 
 @contextmanager
 def _as_the_first_time(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Modules in the modes of the first forward; their buffers are spared, so that batch norm counts no batch twice."""
+    """Put modules in the modes of the first forward. Buffers are copied, so that batch norm counts no batch twice."""
     found = [(module, module.training, module._buffers) for module, _ in modes]
     for module, training in modes:
         module.training = training

@@ -1,4 +1,4 @@
-"""Drop-in modules: the constructor, attributes, defaults and state_dict keys of their torch.nn namesakes."""
+"""Drop-in modules with the constructor, attributes, defaults and state_dict keys of their torch.nn namesakes."""
 
 import math
 from typing import Any
@@ -8,14 +8,20 @@ from torch import Tensor
 
 from . import functional as F
 from .batch_norm import norm_act_dropout
-from .reference import Norm
+from .layer import Norm
 
 
 class Linear(torch.nn.Linear):
     """torch.nn.Linear on the fused kernels: input weight^T + bias.
 
-    Input (*, in_features), output (*, out_features); weight (out_features, in_features), bias (out_features,) or None,
-    initialised as torch.nn.Linear does. Raises what `functional.linear` raises.
+    Args:
+        in_features, out_features, bias, device, dtype: see torch.nn.Linear, whose initialisation is kept.
+
+    Input is (*, in_features) and output (*, out_features). weight is (out_features, in_features), and bias is
+    (out_features,) or None.
+
+    Raises:
+        ValueError, TypeError: when it is called, as `functional.linear` does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -23,16 +29,23 @@ class Linear(torch.nn.Linear):
 
 
 class LinearReLU(Linear):
-    """relu(input weight^T + bias) in one kernel; otherwise as Linear."""
+    """relu(input weight^T + bias) in one kernel. Everything else is as in `Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu(input, self.weight, self.bias)
 
 
 class Dropout(torch.nn.Dropout):
-    """torch.nn.Dropout with nothing stored: see `functional.dropout`. `inplace` is accepted and computed out of place.
+    """torch.nn.Dropout that stores nothing but a seed; see `functional.dropout`.
 
-    Input of any shape. Raises ValueError if p is not in [0, 1].
+    Args:
+        p: probability of dropping an element.
+        inplace: accepted, but the input is not changed.
+
+    Input and output have any shape.
+
+    Raises:
+        ValueError: p is not in [0, 1].
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,10 +53,16 @@ class Dropout(torch.nn.Dropout):
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d on the fused kernels: see `functional.batch_norm`.
+    """torch.nn.BatchNorm1d on the fused kernels; see `functional.batch_norm`.
 
-    Input (N, C) or (N, C, L); weight, bias, running_mean, running_var (C,), num_batches_tracked (). With momentum None
-    the running averages are over all batches, without a wait for the device. Raises what `functional.batch_norm` does.
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: see torch.nn.BatchNorm1d. With momentum
+            None the running averages are over all batches; this does not wait for the device.
+
+    Input and output are (N, C) or (N, C, L). Parameters and running averages are (C,); num_batches_tracked is ().
+
+    Raises:
+        ValueError, TypeError: when it is called, as `functional.batch_norm` does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -52,25 +71,31 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
 
 def norm_of(module: torch.nn.BatchNorm1d) -> Norm:
-    """What the module does to its next input."""
+    """The normalisation that the module applies to its next input."""
     tracks = module.training and module.track_running_stats
     known = tracks or not module.training
     return Norm(
-        module.weight,
-        module.bias,
-        module.running_mean if known else None,
-        module.running_var if known else None,
-        module.num_batches_tracked if tracks else None,
-        module.training or (module.running_mean is None and module.running_var is None),
-        module.momentum,
-        module.eps,
+        running_mean=module.running_mean if known else None,
+        running_var=module.running_var if known else None,
+        weight=module.weight,
+        bias=module.bias,
+        batch_stats=module.training or (module.running_mean is None and module.running_var is None),
+        momentum=module.momentum,
+        eps=module.eps,
+        batches=module.num_batches_tracked if tracks else None,
     )
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss on the fused kernels: see `functional.cross_entropy`.
+    """torch.nn.CrossEntropyLoss on the fused kernels; see `functional.cross_entropy`.
 
-    Input (C,), (N, C) or (N, C, d1, ...), target class indices or probabilities. Raises what the function raises.
+    Args:
+        weight, ignore_index, reduction, label_smoothing: see torch.nn.CrossEntropyLoss.
+
+    Input is (C,), (N, C) or (N, C, d1, ...); target is class indices or probabilities.
+
+    Raises:
+        ValueError, TypeError, IndexError: when it is called, as the function does.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -85,11 +110,22 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
-    """A linear layer, as `linear`, and cross-entropy on it: see `functional.linear_cross_entropy`.
+    """A linear layer and the cross-entropy of its output; see `functional.linear_cross_entropy`.
 
-    The constructor and state_dict keys of torch.nn's, where there is one (2.13). Input (N, in_features); target indices
-    (N, *out_features) or probabilities (N, num_classes, *out_features); ignore_index None is -100. Raises what the
-    function raises. options: see the function.
+    Constructor and state_dict keys are those of torch.nn.LinearCrossEntropyLoss, which exists from PyTorch 2.13 on.
+
+    Args:
+        in_features: width of the input, (N, in_features).
+        num_classes, out_features: target is indices (N, *out_features) or probabilities
+            (N, num_classes, *out_features).
+        bias: whether the linear layer has one.
+        device, dtype: of the parameters.
+        reduction, label_smoothing, options: see the function.
+        weight: (num_classes,) or None.
+        ignore_index: None for -100.
+
+    Raises:
+        ValueError, TypeError, IndexError: when it is called, as the function does.
     """
 
     def __init__(

@@ -1,12 +1,13 @@
-"""The plain PyTorch definition of every operation: the CPU path, the second derivatives and the tests' oracle."""
+"""The definition of every operation in plain PyTorch. It serves the CPU, second derivatives and the tests."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .layer import Columns, Norm
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda input: input,
@@ -27,32 +28,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
 
 
-class Norm(NamedTuple):
-    """Batch normalisation here and now.
-
-    weight, bias, running_mean, running_var: (C,) or None; batches: number of batches seen, () int64, or None.
-    batch_stats: normalise by the statistics of the batch, and move the running ones, if there are any, on by momentum
-    (None: average over all batches); else by the running ones.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batches: Tensor | None = None
-    batch_stats: bool = True
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-
-
 def normalize(input: Tensor, norm: Norm) -> Tensor:
-    """torch.nn.functional.batch_norm of input (N, C, *); counts the batch."""
+    """torch.nn.functional.batch_norm of an input (N, C, *).
+
+    If the statistics are those of the batch, it updates the running averages and increments norm.batches.
+    """
     momentum = norm.momentum
     if norm.batch_stats and norm.batches is not None:
         norm.batches.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.batches)
-    if input.shape == (len(input), 0) and norm.batch_stats:  # which PyTorch refuses
+    if input.shape == (len(input), 0) and norm.batch_stats:  # PyTorch raises an error for it
         return input * (1 if norm.weight is None else norm.weight) + (0 if norm.bias is None else norm.bias)
     return F.batch_norm(
         input,
@@ -66,15 +52,14 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
     )
 
 
-class Columns(NamedTuple):
-    """Which columns of a whole matrix a part of it holds, from `first` on, and how many the whole one has."""
-
-    first: int
-    total: int
-
-
 def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
-    """Dropout, whatever the mode; of a part of the last dimension as the whole input would have it."""
+    """Dropout with probability p.
+
+    Args:
+        input: any shape; with columns, (*, part).
+        p: probability of dropping an element.
+        columns: the columns of a larger input that this one is. The mask is these columns of the larger input's mask.
+    """
     if columns is None:
         return F.dropout(input, p)
     keep = F.dropout(input.new_ones(*input.shape[:-1], columns.total), p)
@@ -84,7 +69,7 @@ def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
 def block(
     input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0, columns: Columns | None = None
 ) -> Tensor:
-    """What follows a linear layer: dropout(act(norm(input))), dropping whatever the mode."""
+    """dropout(act(norm(input))): what a layer applies to the output of its product."""
     normalized = input if norm is None else normalize(input, norm)
     output = ACTIVATIONS[activation](normalized)
     return dropout(output, p, columns) if p else output

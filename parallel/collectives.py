@@ -1,14 +1,15 @@
-"""The collectives of sharded layers, in pairs: what one does forward its partner does to gradients.
+"""Differentiable collectives of sharded layers. They come in pairs: each is the backward pass of the other.
 
-    copy_to_ranks       identity            all-reduce          a column-parallel layer's input
-    reduce_from_ranks   all-reduce          identity            a row-parallel layer's output
-    gather_columns      all-gather          slice               an output that is wanted whole
-    split_columns       slice               all-gather          an input that is not split yet
-    gather_rows         all-gather          reduce-scatter      the input of a sequence-parallel column layer
-    scatter_rows        reduce-scatter      all-gather          the output of a sequence-parallel row layer
+    function            forward             backward            use
+    CopyToRanks         identity            all-reduce          input of a column-parallel layer
+    reduce_from_ranks   all-reduce          identity            output of a row-parallel layer
+    gather_columns      all-gather          slice               output that every rank needs as a whole
+    split_columns       slice               all-gather          input that is not split yet
+    gather_rows         all-gather          reduce-scatter      input of a sequence-parallel column layer
+    scatter_rows        reduce-scatter      all-gather          output of a sequence-parallel row layer
 
-Each enters its kind and the bytes of the whole tensor into the open ledgers; by a ring every rank sends (t - 1) / t of
-these, twice in an all-reduce.
+Every collective enters its kind and the bytes of the whole tensor into the open ledgers. In a ring of t ranks each rank
+sends (t - 1) / t of these bytes in an all-gather or reduce-scatter, and twice as many in an all-reduce.
 """
 # pyright: reportPrivateImportUsage=false
 
@@ -22,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-# Their names since PyTorch 2.13, and before.
+from ..mlp.autograd import Function
+
+# PyTorch 2.13 renamed these functions. The old names are the fallback.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _functional_all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
@@ -31,7 +34,12 @@ _functional_reduce_scatter: Any = getattr(functional, "reduce_scatter_single", N
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that was begun, "all_reduce", "all_gather" or "reduce_scatter", and the whole tensor's bytes."""
+    """One collective operation that was started.
+
+    Attributes:
+        kind: "all_reduce", "all_gather" or "reduce_scatter".
+        bytes: Size of the whole tensor in bytes.
+    """
 
     kind: str
     bytes: int
@@ -42,7 +50,7 @@ _open_ledgers: list[list[Collective]] = []
 
 @contextmanager
 def ledger() -> Iterator[list[Collective]]:
-    """Collect the collectives that this process begins inside the `with` block, in order."""
+    """Collect the collectives that this process starts inside the `with` block, in order."""
     opened: list[Collective] = []
     _open_ledgers.append(opened)
     try:
@@ -58,9 +66,15 @@ def _report(kind: str, whole: int) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a tensor, and this one's place among them.
+    """The ranks that a tensor is sharded over, and this process's position among them.
 
-    A dimension of size n is cut as `torch.chunk` and DTensor do: ceil(n / size) for each rank, less for the last.
+    A dimension of size n is split as `torch.chunk` and DTensor split it: each rank gets ceil(n / size) elements; the
+    last ranks may get fewer or none.
+
+    Attributes:
+        group: The process group.
+        rank: This process's index in the group.
+        size: Number of ranks in the group.
     """
 
     group: dist.ProcessGroup
@@ -72,31 +86,46 @@ class Ranks:
 
     @staticmethod
     def of(mesh: dist.DeviceMesh) -> "Ranks":
-        """Those along a mesh of one dimension. Raises ValueError for a mesh of more."""
+        """The ranks of a device mesh with one dimension.
+
+        Raises:
+            ValueError: If the mesh has more than one dimension.
+        """
         if mesh.ndim != 1:
             names = ", ".join(map(repr, mesh.mesh_dim_names or ()))
-            raise ValueError(f"mesh: {mesh.ndim} dimensions; name one of them, as in mesh[name] (names: {names})")
+            raise ValueError(
+                f"mesh: has {mesh.ndim} dimensions, must have 1; select one by name, as in mesh[name] (names: {names})"
+            )
         return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
     @staticmethod
     def world() -> "Ranks":
-        """All of them."""
+        """All ranks of the default process group."""
         assert dist.group.WORLD is not None
         return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
     def part(self, n: int, rank: int | None = None) -> slice:
-        """This rank's part, or another's, of a dimension of size n."""
+        """The indices of a dimension of size n that belong to `rank`, or to this rank if it is None."""
         each = -(-n // self.size)
         first = min(n, each * (self.rank if rank is None else rank))
         return slice(first, min(n, first + each))
 
 
-# A compiler knows no handles and orders collectives itself; of those that write into their arguments PyTorch 2.11 loses
-# what they write in a backward pass. So it gets the functional ones.
+# Under torch.compile these functions call functional collectives. The compiler does not support work handles and orders
+# collectives itself, and PyTorch 2.11 loses the results of in-place collectives in a compiled backward pass.
 
 
 def start_all_reduce(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
-    """Begin to add up t over the ranks, in place; the call that is returned waits for the sum."""
+    """Start to sum a tensor over the ranks.
+
+    Args:
+        t: Contiguous tensor of the same shape and dtype on every rank. It is overwritten with the sum, except under
+            torch.compile.
+        ranks: The ranks.
+
+    Returns:
+        A function that waits for the sum and returns it.
+    """
     _report("all_reduce", t.nbytes)
     if torch.compiler.is_compiling():
         total = functional.all_reduce(t, "sum", ranks.group)
@@ -111,12 +140,22 @@ def start_all_reduce(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
 
 
 def all_reduce(t: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of t over the ranks, out of place."""
+    """Sum a tensor over the ranks. `t` is not changed."""
     return start_all_reduce(t.clone(memory_format=torch.contiguous_format), ranks)()
 
 
 def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
-    """The whole tensor, of size n along dim, of which t is this rank's part."""
+    """Concatenate the parts of all ranks along a dimension.
+
+    Args:
+        t: This rank's part, as `Ranks.part` splits the dimension.
+        ranks: The ranks.
+        dim: The split dimension.
+        n: Size of this dimension in the whole tensor.
+
+    Returns:
+        The whole tensor, the same on every rank.
+    """
     _report("all_gather", t.nbytes // max(1, t.shape[dim]) * n)
     each = -(-n // ranks.size)
     t = t.movedim(dim, 0)
@@ -127,14 +166,27 @@ def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
     else:
         whole = t.new_empty(each * ranks.size, *t.shape[1:])
         _all_gather(whole, t.contiguous(), group=ranks.group)
-    # Not a view: what a Function returns must not be one.
+    # autograd Functions return this tensor, so it must not be a view.
     return whole if dim == 0 and n == len(whole) else whole[:n].movedim(0, dim).contiguous()
 
 
 def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
-    """This rank's rows of the sum of t over the ranks. Raises ValueError for rows that do not divide by the ranks."""
+    """Sum a tensor over the ranks and return this rank's rows of the sum.
+
+    Args:
+        t: Tensor (rows, *) of the same shape and dtype on every rank.
+        ranks: The ranks.
+
+    Returns:
+        (rows / size, *).
+
+    Raises:
+        ValueError: If the number of rows is not a multiple of the number of ranks.
+    """
     if len(t) % ranks.size:
-        raise ValueError(f"input: {len(t)} rows do not divide by {ranks.size} ranks, as sequence_parallel needs")
+        raise ValueError(
+            f"input: {len(t)} rows; sequence_parallel needs a multiple of the number of ranks, {ranks.size}"
+        )
     _report("reduce_scatter", t.nbytes)
     if torch.compiler.is_compiling():
         return _functional_reduce_scatter(t.contiguous(), "sum", 0, ranks.group)
@@ -143,105 +195,130 @@ def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
     return part
 
 
-class _CopyToRanks(torch.autograd.Function):
+class _CopyToRanks(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _ReduceFromRanks.apply(grad_output, ctx.ranks), None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _ReduceFromRanks.apply(grad_output, ctx.ranks), None
 
 
-class _ReduceFromRanks(torch.autograd.Function):
+class _ReduceFromRanks(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         return all_reduce(y, ranks)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _CopyToRanks.apply(grad_output, ctx.ranks), None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _CopyToRanks.apply(grad_output, ctx.ranks), None
 
 
-class _GatherColumns(torch.autograd.Function):
+class _GatherColumns(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, n: int) -> Tensor:
         ctx.ranks, ctx.n = ranks, n
         return all_gather(x, ranks, -1, n)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _SplitColumns.apply(grad_output, ctx.ranks), None, None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _SplitColumns.apply(grad_output, ctx.ranks), None, None
 
 
-class _SplitColumns(torch.autograd.Function):
+class _SplitColumns(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.n = ranks, x.shape[-1]
         return x[..., ranks.part(x.shape[-1])].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _GatherColumns.apply(grad_output, ctx.ranks, ctx.n), None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _GatherColumns.apply(grad_output, ctx.ranks, ctx.n), None
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, n: int) -> Tensor:
         ctx.ranks = ranks
         return all_gather(x, ranks, 0, n)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _ScatterRows.apply(grad_output, ctx.ranks), None, None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _ScatterRows.apply(grad_output, ctx.ranks), None, None
 
 
-class _ScatterRows(torch.autograd.Function):
+class _ScatterRows(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.n = ranks, len(y)
         return reduce_scatter(y, ranks)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _GatherRows.apply(grad_output, ctx.ranks, ctx.n), None  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _GatherRows.apply(grad_output, ctx.ranks, ctx.n), None
 
 
 class CopyToRanks:
-    """x, the same on every rank, on its way into work that the ranks share: gradients come back as parts of a sum."""
+    """The identity in the forward pass. In the backward pass the gradient is summed over the ranks.
+
+    Use it for an input that is the same on every rank, when each rank computes only a part of the output from it.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
     def __call__(self, input: Tensor) -> Tensor:
-        return _CopyToRanks.apply(input, self.ranks)  # pyright: ignore[reportReturnType]
+        """Return the input; its gradient is summed over the ranks by autograd."""
+        return _CopyToRanks.apply(input, self.ranks)
 
     def start(self, grad: Tensor) -> Callable[[], Tensor]:
+        """Start to sum a gradient over the ranks, outside autograd. See `start_all_reduce`."""
         return start_all_reduce(grad, self.ranks)
 
 
 def reduce_from_ranks(y: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of y over the ranks."""
-    return _ReduceFromRanks.apply(y, ranks)  # pyright: ignore[reportReturnType]
+    """Sum y over the ranks. The gradient of the sum is passed to every rank unchanged."""
+    return _ReduceFromRanks.apply(y, ranks)
 
 
 def gather_columns(x: Tensor, ranks: Ranks, n: int) -> Tensor:
-    """The whole x (*, n), the same on every rank, of this rank's columns; whoever goes on with it does so alike."""
-    return _GatherColumns.apply(x, ranks, n)  # pyright: ignore[reportReturnType]
+    """Gather the columns of all ranks. In the backward pass each rank keeps its columns of the gradient.
+
+    Every rank must compute the same thing from the result, so that the gradient is the same on every rank.
+
+    Args:
+        x: This rank's columns (*, part).
+        ranks: The ranks.
+        n: Number of columns of all ranks.
+
+    Returns:
+        (*, n), the same on every rank.
+    """
+    return _GatherColumns.apply(x, ranks, n)
 
 
 def split_columns(x: Tensor, ranks: Ranks) -> Tensor:
-    """This rank's columns of x, which is the same on every rank."""
-    return _SplitColumns.apply(x, ranks)  # pyright: ignore[reportReturnType]
+    """Return this rank's columns (*, part) of x (*, n). Both x and its gradient are the same on every rank."""
+    return _SplitColumns.apply(x, ranks)
 
 
 def gather_rows(x: Tensor, ranks: Ranks, n: int) -> Tensor:
-    """The whole x (n, *), on its way into work that the ranks share, of this rank's rows."""
-    return _GatherRows.apply(x, ranks, n)  # pyright: ignore[reportReturnType]
+    """Gather the rows of all ranks. In the backward pass the gradient is summed over the ranks and split by rows.
+
+    Args:
+        x: This rank's rows (part, *).
+        ranks: The ranks.
+        n: Number of rows of all ranks.
+
+    Returns:
+        (n, *), the same on every rank.
+    """
+    return _GatherRows.apply(x, ranks, n)
 
 
 def scatter_rows(y: Tensor, ranks: Ranks) -> Tensor:
-    """This rank's rows of the sum of y over the ranks."""
-    return _ScatterRows.apply(y, ranks)  # pyright: ignore[reportReturnType]
+    """Sum y (n, *) over the ranks and return this rank's rows. The backward pass gathers the rows of all ranks."""
+    return _ScatterRows.apply(y, ranks)

@@ -1,7 +1,8 @@
-"""Softmax cross-entropy of logits whose classes are cut over ranks.
+"""Softmax cross-entropy of logits whose classes are split over ranks.
 
-Each rank goes once over its own logits, and leaves four numbers for a row (kernels/cross_entropy.py): maximum, sum of
-exponentials, b and a. One all-gather of these gives every rank the loss, and what its own part of the gradient needs.
+Each rank reads its logits once and computes four numbers for each row: maximum, sum of exponentials, b and a (see
+kernels/cross_entropy.py). One all-gather of these gives every rank the loss, and all that its part of the gradient
+needs.
 """
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
@@ -14,32 +15,37 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels import launch
-from ..mlp.chain import differentiable_grads
-from ..mlp.cross_entropy import check_loss, per_row
-from ..mlp.linear import autocasts
+from ..mlp.autocast import autocasts
+from ..mlp.autograd import Function
+from ..mlp.check import check_indices, check_loss
+from ..mlp.cross_entropy import per_row
+from ..mlp.loss_options import LossOptions
+from ..mlp.second_order import differentiable_grads
 from .collectives import Ranks, all_gather, gather_columns
 
 if launch.HAS_TRITON:
     from ..kernels.cross_entropy import (
         Rules,
-        cross_entropy_bwd_into,
         cross_entropy_merge,
         cross_entropy_ranges,
         cross_entropy_reduce,
         empty_loss,
     )
+    from ..kernels.cross_entropy_bwd import cross_entropy_bwd_into
 
 
-class Options(NamedTuple):
-    """What a loss is asked for; float32: a loss of 16-bit logits is float32; of `classes` these begin at `first`."""
+class Shard(NamedTuple):
+    """The classes that this rank has.
+
+    Attributes:
+        ranks: The ranks that share the classes.
+        first: The first class of this rank.
+        classes: Number of classes of all ranks.
+    """
 
     ranks: Ranks
     first: int
     classes: int
-    ignore_index: int
-    reduction: str
-    smoothing: float
-    float32: bool
 
 
 def vocab_parallel_cross_entropy(
@@ -53,12 +59,25 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     classes: int | None = None,
 ) -> Tensor:
-    """`functional.cross_entropy` of logits of which each rank of a mesh of one dimension holds some classes.
+    """`functional.cross_entropy` of logits whose classes are split over the ranks of a device mesh with one dimension.
 
-    logits_shard (N, part) or (N, part, d1, ...): this rank's classes, in rank order, as `ColumnParallelLinear` leaves
-    them. target: indices (N, d1, ...) among all classes, the same on every rank, or probabilities of this rank's
-    classes, of logits_shard's shape. weight (C,), of all classes. classes: C, if it does not divide by the ranks (as
-    `torch.chunk` cuts it). Options, result and errors are those of `cross_entropy`; every rank gets the same loss.
+    Args:
+        logits_shard: (N, part) or (N, part, d1, ...), the classes of this rank, split as `ColumnParallelLinear` splits
+            its output.
+        target: Indices (N, d1, ...) among all classes, the same on every rank; or the probabilities of this rank's
+            classes, of the shape of logits_shard.
+        weight: (C,), the weights of all classes, or None.
+        mesh: The ranks that share the classes.
+        ignore_index, reduction, label_smoothing: See `functional.cross_entropy`.
+        classes: C; needed if it is not a multiple of the number of ranks.
+
+    Returns:
+        The loss, the same on every rank; see `functional.cross_entropy`.
+
+    Raises:
+        ValueError: If this rank's part does not have the size that `classes` gives it; otherwise see
+            `functional.cross_entropy`.
+        TypeError, IndexError: As `functional.cross_entropy` does.
     """
     ranks = Ranks.of(mesh)
     if not isinstance(logits_shard, Tensor) or logits_shard.dim() < 2:
@@ -73,59 +92,52 @@ def vocab_parallel_cross_entropy(
         )
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     seen = logits_shard if probabilities else logits_shard.new_empty(()).expand(N, total, *places)
-    check_loss(seen, target, None if probabilities else weight, ignore_index, reduction, label_smoothing)
+    how = LossOptions(ignore_index, reduction, float(label_smoothing), autocasts(logits_shard))
+    check_loss(seen, target, None if probabilities else weight, how)
     if weight is not None and weight.shape != (total,):
         raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
     S = math.prod(places)
     logits = logits_shard.reshape(N, C, S)
     target = target.reshape(N, C, S) if probabilities else target.reshape(N, S).long().contiguous()
     weight = None if weight is None else weight.contiguous()
-    options = Options(
-        ranks, part.start, total, ignore_index, reduction, float(label_smoothing), autocasts(logits_shard)
-    )
+    shard = Shard(ranks, part.start, total)
     if launch.explain(logits, target, weight, product=False).backend == "torch" or target.requires_grad:
         if not probabilities and logits.device.type == "cpu":
-            _check_range(target, ignore_index, total)
-        loss = by_torch(logits, target, weight, options)
+            check_indices(target, ignore_index, total)
+        loss = by_torch(logits, target, weight, shard, how)
     else:
-        loss = VocabParallelCrossEntropyFunction.apply(logits, target, weight, options)
-    return loss.view(N, *places) if reduction == "none" else loss  # pyright: ignore
+        loss = VocabParallelCrossEntropyFunction.apply(logits, target, weight, shard, how)
+    return loss.view(N, *places) if reduction == "none" else loss
 
 
-def _check_range(target: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if wrong.numel():
-        raise IndexError(f"target: {wrong[0].item()}; class indices go from 0 to {classes - 1}")
-
-
-def _weights(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """q of this rank's classes, (N, C, S)."""
+def _weights(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, smoothing: float) -> Tensor:
+    """q of this rank's classes, (N, C, S); see kernels/cross_entropy.py."""
     C = logits.shape[1]
-    classes = torch.arange(options.first, options.first + C, device=logits.device)
+    classes = torch.arange(shard.first, shard.first + C, device=logits.device)
     q = target if target.is_floating_point() else target[:, None] == classes[:, None]
     q = q.to(logits.dtype)
-    if options.smoothing:
-        q = q * (1 - options.smoothing) + options.smoothing / options.classes
+    if smoothing:
+        q = q * (1 - smoothing) + smoothing / shard.classes
     return q if weight is None else q * weight[classes, None].to(logits.dtype)
 
 
-def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """The loss of logits (N, C, S) by differentiable operations of PyTorch and the same collective."""
+def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, options: LossOptions) -> Tensor:
+    """The loss of logits (N, C, S) by differentiable operations of PyTorch and one all-gather."""
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
-    q = _weights(logits, target, weight, options)
+    q = _weights(logits, target, weight, shard, options.label_smoothing)
     m = logits.detach().amax(1) if logits.shape[1] else logits.new_full((len(logits), logits.shape[2]), -torch.inf)
     relative = logits - m.where(m != -torch.inf, 0.0)[:, None]
     b = (q * relative.where(q != 0, 0.0)).sum(1)
-    # As the kernels' results are gathered, which a rank without classes does not compute.
+    # Gather in the layout of the kernels: a rank without classes runs this function while the others run kernels.
     mine = torch.stack([m, relative.exp().sum(1), b, q.sum(1)]).flatten(1)[..., None]
-    m, total, b, a = gather_columns(mine, options.ranks, options.ranks.size).view(4, *m.shape, -1)
+    m, total, b, a = gather_columns(mine, shard.ranks, shard.ranks.size).view(4, *m.shape, -1)
     m = m.detach()
     shift = (m - m.amax(-1, keepdim=True)).where(m != -torch.inf, 0.0)
     loss = a.sum(-1) * (total * shift.exp()).sum(-1).log() - (b + a * shift).sum(-1)  # [N, S]
     counts = torch.ones_like(loss)
     if not target.is_floating_point():
-        valid = (target >= 0) & (target < options.classes)
+        valid = (target >= 0) & (target < shard.classes)
         ignored = target == options.ignore_index
         loss = loss.where(valid, torch.nan).where(~ignored, 0.0)
         counts = (~ignored).to(loss.dtype)
@@ -136,17 +148,19 @@ def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: Opt
     return loss if options.float32 else loss.to(dtype)
 
 
-class VocabParallelCrossEntropyFunction(torch.autograd.Function):
+class VocabParallelCrossEntropyFunction(Function):
     """The loss of logits (N, C, S) by the kernels; see `vocab_parallel_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, options: LossOptions
+    ) -> Tensor:
         N, _, S = logits.shape
-        rules = _rules(weight, options)
+        rules = _rules(weight, shard, options)
         mine = cross_entropy_ranges(logits, target, rules)
         if mine.shape[1] > 1:
             mine = _merge(mine)
-        partial = all_gather(mine, options.ranks, 1, options.ranks.size)
+        partial = all_gather(mine, shard.ranks, 1, shard.ranks.size)
         stats = partial.new_empty(3, N * S)
         loss = empty_loss(logits, (N, S), options.reduction, options.float32)
         none = options.reduction == "none"
@@ -155,30 +169,30 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         if sums is not None:
             cross_entropy_reduce(sums, loss, total_weight, options.reduction)
         ctx.save_for_backward(logits, target, weight, stats, total_weight if options.reduction == "mean" else None)
-        ctx.options = options
+        ctx.shard, ctx.options = shard, options
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats, total_weight = ctx.saved_tensors
-        options = ctx.options
+        shard, options = ctx.shard, ctx.options
         if torch.is_grad_enabled():
             (dlogits,) = differentiable_grads(
-                grad_output, (logits,), (True,), lambda logits: by_torch(logits, target, weight, options)
+                grad_output, (logits,), (True,), lambda logits: by_torch(logits, target, weight, shard, options)
             )
-            return dlogits, None, None, None
+            return dlogits, None, None, None, None
         dlogits = logits.new_empty(logits.shape)
         grad = per_row(grad_output, (logits.shape[0], logits.shape[2]), options.reduction)
-        cross_entropy_bwd_into(dlogits, logits, target, _rules(weight, options), stats, grad, total_weight)
-        return dlogits, None, None, None
+        cross_entropy_bwd_into(dlogits, logits, target, _rules(weight, shard, options), stats, grad, total_weight)
+        return dlogits, None, None, None, None
 
 
-def _rules(weight: Tensor | None, options: Options) -> "Rules":
-    return Rules(weight, options.ignore_index, options.smoothing or None, options.classes, options.first)
+def _rules(weight: Tensor | None, shard: Shard, options: LossOptions) -> "Rules":
+    return Rules(weight, options.ignore_index, options.label_smoothing or None, shard.classes, shard.first)
 
 
 def _merge(partial: Tensor) -> Tensor:
-    """Results (4, ranges, M) of this rank's ranges as those of one."""
+    """Merge the results (4, ranges, M) of this rank's ranges into (4, 1, M)."""
     m, total, b, a = partial
     whole = m.amax(0, keepdim=True)
     shift = (m - whole).where(m != -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""What the ranks of a sharded net, or of a run, must agree on: checked once, before anything is cut."""
+"""Check that all ranks have the same model, plan, seed or options before anything is sharded."""
 
 import hashlib
 from typing import Any
@@ -11,9 +11,19 @@ from .collectives import Ranks
 
 
 def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
-    """Raise ValueError on every rank, naming the facts and the ranks, if they differ from rank 0's.
+    """Check that values are the same on every rank.
 
-    One all-gather of a digest for each fact, so that nothing else has to match for it to end.
+    The ranks exchange a 64-bit digest of each value's `repr` in a single all-gather. Values of any type and length can
+    therefore be compared without a deadlock.
+
+    Args:
+        ranks: The ranks. All of them must call this function with the same names.
+        device_type: Device of the exchanged tensor, "cpu" or "cuda".
+        **facts: The values to compare, by the name that the error message uses.
+
+    Raises:
+        ValueError: On every rank, if a value differs from that of the first rank. The message lists the names and the
+            ranks.
     """
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
     mine = torch.tensor([int.from_bytes(each, "big", signed=True) for each in digests], device=device_type)
@@ -34,7 +44,7 @@ def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
 
 
 def random_state(device_type: str) -> str:
-    """A digest of where the random generators stand."""
+    """A digest of the state of PyTorch's random number generators: the CPU's and, for "cuda", the current GPU's."""
     states = [torch.get_rng_state()]
     if device_type == "cuda":
         states.append(torch.cuda.get_rng_state())
@@ -42,11 +52,11 @@ def random_state(device_type: str) -> str:
 
 
 def shapes(module: nn.Module) -> list[tuple[Any, ...]]:
-    """Names, shapes and dtypes of all that a module holds."""
+    """The name, shape and dtype of every parameter and buffer of a module."""
     held = [*module.named_parameters(), *module.named_buffers()]
     return [(name, tuple(t.shape), t.dtype) for name, t in held]
 
 
 def values(module: nn.Module) -> list[float]:
-    """A sum of each parameter's values."""
+    """The sum of the elements of each parameter, computed in float64."""
     return [float(parameter.detach().double().sum()) for parameter in module.parameters()]

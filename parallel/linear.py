@@ -1,10 +1,11 @@
-"""Linear layers whose weight (out_features, in_features) is cut along one of its dimensions.
+"""Linear layers whose weight (out_features, in_features) is split along one of its dimensions.
 
-    column-parallel     W = [W_1; ...; W_t]     y_r = act(x W_r^T + b_r)           rank r has these out_features
-    row-parallel        W = [W_1, ..., W_t]     y = act(sum_r x_r W_r^T + b)       and x_r these in_features
+    column-parallel     W = [W_1; ...; W_t]     y_r = act(x W_r^T + b_r)           rank r has a part of out_features
+    row-parallel        W = [W_1, ..., W_t]     y = act(sum_r x_r W_r^T + b)       rank r has a part of in_features
 
-(Shoeybi et al. 2019), named for the columns and rows of W^T. One after the other, they need one all-reduce forward, of
-the second's output, and one backward, of the first's input gradient, which runs while its weight gradient is computed.
+(Shoeybi et al. 2019). The names refer to columns and rows of W^T. A column-parallel layer followed by a row-parallel
+one needs two all-reduces: of the output in the forward pass, and of the input's gradient in the backward pass. The
+second one overlaps with the computation of the first layer's weight gradient.
 """
 
 from typing import Any
@@ -15,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..mlp import reference
-from ..mlp.chain import Layer
+from ..mlp.check import check_activation
+from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
 from ..mlp.modules import Linear
 from .collectives import CopyToRanks, Ranks, gather_columns, gather_rows, reduce_from_ranks, scatter_rows, split_columns
@@ -23,7 +25,17 @@ from .handshake import check_alike, random_state, shapes, values
 
 
 def check_divides(name: str, n: int, ranks: Ranks, uneven: bool) -> None:
-    """Refuse a size that the ranks cannot share alike, unless asked for, with a ValueError that names the nearest."""
+    """Check that a size can be split evenly.
+
+    Args:
+        name: Name of the size in the error message.
+        n: The size.
+        ranks: The ranks to split it over.
+        uneven: Whether any size is allowed.
+
+    Raises:
+        ValueError: If the size is not a multiple of the number of ranks. The message gives the nearest multiples.
+    """
     if uneven or n % ranks.size == 0:
         return
     below = n // ranks.size * ranks.size
@@ -34,13 +46,20 @@ def check_divides(name: str, n: int, ranks: Ranks, uneven: bool) -> None:
 
 
 def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Make a parameter or buffer, the same on every rank, a DTensor of which each rank keeps its part."""
+    """Replace a parameter or buffer, which is the same on every rank, by a DTensor that holds this rank's part.
+
+    Args:
+        module: The module that has it.
+        name: Its name in the module; nothing happens if it is None there.
+        mesh: The ranks.
+        placement: `Shard` or `Replicate`.
+    """
     whole = getattr(module, name)
     if whole is None:
         return
     here = whole.detach()
     if isinstance(placement, Shard):
-        # A copy, so that the whole can be freed.
+        # Copy the part, so that the memory of the whole parameter can be freed.
         part = Ranks.of(mesh).part(whole.shape[placement.dim])
         here = here.narrow(placement.dim, part.start, part.stop - part.start).clone()
     sharded = DTensor.from_local(
@@ -58,27 +77,37 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
 
 
 def local(parameter: Tensor | None, gradient: Placement | None = None) -> Any:
-    """This rank's part of a parameter. gradient: how the ranks' gradients of it make one, if not each its part."""
+    """This rank's part of a parameter.
+
+    Args:
+        parameter: A DTensor; other tensors and None are returned unchanged.
+        gradient: How the gradients of the ranks combine; None if they are split as the parameter is.
+    """
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=None if gradient is None else [gradient])
 
 
 class ParallelLinear(Linear):
-    """What both layers are: their `Linear`, cut along one dimension."""
+    """Base class of the parallel layers: a `Linear` whose weight is split along one dimension.
+
+    Attributes:
+        ranks: The ranks that share the layer.
+        activation: Name of the activation, or None.
+        sequence_parallel: Whether the batch is split over the ranks outside of the layers.
+    """
 
     ranks: Ranks
     activation: str | None
     sequence_parallel: bool
 
     def cut(self, mesh: DeviceMesh, activation: str | None, sequence_parallel: bool) -> None:
-        if activation not in reference.ACTIVATIONS:
-            allowed = ", ".join(map(repr, reference.ACTIVATIONS))
-            raise ValueError(f"activation: {activation!r}; allowed are {allowed}")
+        """Set the attributes. Raises ValueError for an unknown activation or a mesh of several dimensions."""
+        check_activation(activation)
         self.ranks, self.activation, self.sequence_parallel = Ranks.of(mesh), activation, sequence_parallel
 
     def agree(self, mesh: DeviceMesh) -> None:
-        """Refuse ranks that built another layer, or drew other weights."""
+        """Raise ValueError if layers, weights or random generators differ between ranks."""
         kind = mesh.device_type
         check_alike(Ranks.of(mesh), kind, layer=(type(self), shapes(self)), seed=(values(self), random_state(kind)))
 
@@ -93,17 +122,23 @@ class ParallelLinear(Linear):
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """A linear layer whose out_features are cut: every rank computes its columns of act(input weight^T + bias).
+    """A linear layer whose out_features are split: every rank computes its columns of act(input weight^T + bias).
 
-    Input (*, in_features), the same on every rank; output (*, its part of out_features), or with gather_output all of
-    them on every rank. sequence_parallel: the input (rows, in_features) is this rank's rows of a batch that divides by
-    the ranks, and is gathered first.
+    Parameters are DTensors. Every rank initialises the whole layer, and needs the same seed.
 
-    The constructor is that of `Linear`, whose weights it draws (every rank the same, so that every rank needs the same
-    seed), with the mesh, of one dimension, whose ranks share the layer. Parameters are DTensors. activation: see
-    `functional.linear`; uneven: allow out_features that do not divide by the ranks.
+    Args:
+        in_features: Width of the input (*, in_features), which is the same on every rank.
+        out_features: Width of the whole output. The output is (*, this rank's part of out_features).
+        bias, device, dtype: See `Linear`.
+        mesh: Device mesh with one dimension: the ranks that share the layer.
+        activation: See `functional.linear`.
+        gather_output: Whether the output is (*, out_features) on every rank.
+        sequence_parallel: Whether the input is this rank's rows (rows, in_features) of a batch. They are gathered
+            first. The batch is split evenly.
+        uneven: Whether out_features may be a size that the ranks cannot split evenly.
 
-    Raises ValueError naming an out_features that does not divide, an activation or a mesh that cannot be.
+    Raises:
+        ValueError: If out_features, activation or mesh is not allowed, or if layers or seeds differ between ranks.
     """
 
     gather_output: bool
@@ -134,7 +169,7 @@ class ColumnParallelLinear(ParallelLinear):
         gather_output: bool = False,
         sequence_parallel: bool = False,
     ) -> None:
-        """Keep this rank's part of a weight and bias that are whole."""
+        """Replace the whole weight and bias by this rank's parts. The other arguments are those of the constructor."""
         self.cut(mesh, activation, sequence_parallel)
         self.gather_output = gather_output
         shard_parameter(self, "weight", mesh, Shard(0))
@@ -142,11 +177,11 @@ class ColumnParallelLinear(ParallelLinear):
 
     @property
     def entrance(self) -> CopyToRanks | None:
-        """What the input's gradient goes through."""
+        """The collective that sums the input's gradient; None if `gather_rows` does that."""
         return None if self.sequence_parallel else CopyToRanks(self.ranks)
 
     def layer(self) -> Layer:
-        """What this rank computes."""
+        """This rank's part of the layer."""
         return Layer(local(self.weight), local(self.bias), self.activation)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,12 +195,22 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """A linear layer whose in_features are cut: the ranks' products are added up, then comes the bias, once.
+    """A linear layer whose in_features are split: the ranks' products are summed, and then the bias is added.
 
-    Input (*, this rank's part of in_features), or without input_is_parallel all of them, the same on every rank; output
-    (*, out_features), the same on every rank. sequence_parallel: the output is this rank's rows of it.
+    Parameters are DTensors. Every rank initialises the whole layer, and needs the same seed.
 
-    The rest as of `ColumnParallelLinear`; uneven: allow in_features that do not divide by the ranks.
+    Args:
+        in_features: Width of the whole input. The input is (*, this rank's part of in_features).
+        out_features: Width of the output (*, out_features), which is the same on every rank.
+        bias, device, dtype: See `Linear`.
+        mesh: Device mesh with one dimension: the ranks that share the layer.
+        activation: See `functional.linear`.
+        input_is_parallel: If False, the input is (*, in_features), the same on every rank.
+        sequence_parallel: Whether the output is this rank's rows of the batch.
+        uneven: Whether in_features may be a size that the ranks cannot split evenly.
+
+    Raises:
+        ValueError: If in_features, activation or mesh is not allowed, or if layers or seeds differ between ranks.
     """
 
     input_is_parallel: bool
@@ -196,18 +241,25 @@ class RowParallelLinear(ParallelLinear):
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
     ) -> None:
-        """Keep this rank's part of a weight that is whole; the bias stays so."""
+        """Replace the whole weight by this rank's part. The bias stays whole. See the constructor for the arguments."""
         self.cut(mesh, activation, sequence_parallel)
         self.input_is_parallel = input_is_parallel
         shard_parameter(self, "weight", mesh, Shard(1))
         shard_parameter(self, "bias", mesh, Replicate())
 
     def layer(self) -> Layer:
-        """What this rank computes before the sum."""
+        """This rank's product, without bias and activation."""
         return Layer(local(self.weight))
 
     def add_up(self, product: Tensor) -> Tensor:
-        """The sum of the ranks' products (*, out_features), and the bias."""
+        """Sum the products of the ranks and add the bias.
+
+        Args:
+            product: (*, out_features), this rank's product.
+
+        Returns:
+            (*, out_features), the same on every rank; with sequence_parallel, this rank's rows of it.
+        """
         if self.sequence_parallel:
             output, gradient = scatter_rows(product, self.ranks), Partial()
         else:
@@ -226,16 +278,16 @@ class RowParallelLinear(ParallelLinear):
 
 
 class ReplicatedLinear(ParallelLinear):
-    """A linear layer that every rank computes whole, with DTensors for parameters like its neighbours'."""
+    """A linear layer that every rank computes as a whole. Its parameters are replicated DTensors."""
 
     def shard(self, mesh: DeviceMesh, activation: str | None = None) -> None:
-        """Keep all of a weight and bias."""
+        """Replace weight and bias by replicated DTensors."""
         self.cut(mesh, activation, sequence_parallel=False)
         for name in ("weight", "bias"):
             shard_parameter(self, name, mesh, Replicate())
 
     def layer(self) -> Layer:
-        """What every rank computes."""
+        """The whole layer."""
         return Layer(local(self.weight), local(self.bias), self.activation)
 
     def forward(self, input: Tensor) -> Tensor:

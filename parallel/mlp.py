@@ -1,4 +1,4 @@
-"""The MLP on several ranks: pairs of a column- and a row-parallel layer, each as one node."""
+"""The MLP on several ranks: each pair of a column- and a row-parallel layer is one autograd node."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..mlp.batch_norm import norm_act_dropout
-from ..mlp.chain import Layer
+from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
 from ..mlp.model import FORWARDS, MLP, activation_name, is_plain
 from ..mlp.modules import Dropout
@@ -24,7 +24,13 @@ PARALLEL_FORWARDS = FORWARDS | {
 
 
 class Block(NamedTuple):
-    """A parallel layer and what follows it, so many modules; `tail` is a Layer without its linear part."""
+    """A parallel linear layer and what follows it.
+
+    Attributes:
+        linear: The parallel layer.
+        tail: Its normalisation, activation and dropout, as a `Layer` without a weight.
+        modules: Number of modules that the block consists of.
+    """
 
     linear: ParallelLinear
     tail: Layer
@@ -32,7 +38,16 @@ class Block(NamedTuple):
 
 
 def block_at(modules: Sequence[nn.Module], position: int, dims: int) -> Block | None:
-    """The block that begins at a position, if a parallel layer stands there and nobody would see that it is fused."""
+    """The block that begins at a position.
+
+    Args:
+        modules: Modules that run one after the other.
+        position: Index of the first module of the block.
+        dims: Number of dimensions of the input.
+
+    Returns:
+        The block, or None if there is no parallel layer at this position, or none that can be fused (see `is_plain`).
+    """
     plain = [module if is_plain(module, PARALLEL_FORWARDS) else None for module in modules[position : position + 4]]
     linear, *rest = [*plain, None, None, None, None]
     if not isinstance(linear, ParallelLinear) or linear.activation is not None:
@@ -50,9 +65,15 @@ def block_at(modules: Sequence[nn.Module], position: int, dims: int) -> Block | 
 
 
 def run_sharded(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-    """What calling the modules in turn computes, with pairs of layers and what follows them fused.
+    """Compute what calling the modules one after the other computes, with pairs of layers and what follows them fused.
 
-    recompute: keep less of those pairs for backward, and compute it again there.
+    Args:
+        modules: What to run.
+        input: Input of the first module.
+        recompute: Keep less of the pairs for backward, and compute it again there.
+
+    Returns:
+        The output of the last module.
     """
     position = 0
     while position < len(modules):
@@ -82,22 +103,26 @@ def run_sharded(modules: Sequence[nn.Module], input: Tensor, recompute: bool = F
 
 
 def _follow(output: Tensor, tail: Layer) -> Tensor:
-    """What follows a linear layer, of its output."""
+    """Apply normalisation, activation and dropout to the output of a linear layer."""
     if tail.norm is None and tail.activation is None and not tail.p:
         return output
     return norm_act_dropout(output, tail.norm, tail.activation, tail.p, tail.columns)
 
 
 class ParallelMLP(MLP):
-    """An `MLP` whose layers are cut over the ranks of a mesh of one dimension.
+    """An `MLP` whose layers are split over the ranks of a device mesh with one dimension.
 
-    The arguments of `MLP`, whose weights it draws (every rank the same, from the same seed), then:
-        mesh: the ranks that share the net.
-        plan: "auto" or styles by name; see `parallelize`.
-        uneven: allow widths that do not divide by the ranks ("auto").
+    Input (*, in_features) and output (*, out_features) are the same on every rank. Parameters are DTensors with the
+    names that they have in `MLP`.
 
-    Input (*, in_features) and output (*, out_features), the same on every rank; parameters are DTensors under the names
-    of the MLP's. Raises what `MLP` and `parallelize` raise.
+    Args:
+        *args, **options: Arguments of `MLP`. Every rank initialises the whole MLP, and needs the same seed.
+        mesh: The ranks that share the net.
+        plan: "auto", or styles by module name; see `parallelize`.
+        uneven: Whether "auto" may split widths that are not multiples of the number of ranks.
+
+    Raises:
+        ValueError, TypeError: As `MLP` and `parallelize` do.
     """
 
     def __init__(self, *args: Any, mesh: DeviceMesh, plan: Plan = "auto", uneven: bool = False, **options: Any) -> None:
@@ -109,19 +134,28 @@ class ParallelMLP(MLP):
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan = "auto", *, uneven: bool = False) -> nn.Module:
-    """Cut a model's linear layers over the ranks of a mesh of one dimension, in place; returns the model.
+    """Split the linear layers of a model over the ranks of a device mesh with one dimension, in place.
 
-    Every rank gives the same model, with the same values. Parameters become DTensors on the mesh's devices, under the
-    same names; input and output stay plain and the same on every rank. An MLP becomes a `ParallelMLP`.
+    Every rank must pass the same model with the same values. Parameters become DTensors on the mesh's devices and keep
+    their names. Input and output remain plain tensors that are the same on every rank. An MLP becomes a `ParallelMLP`.
 
-    plan: "auto" cuts the layers of every Sequential by columns and rows in turn (see `plan.auto_plan`); or
-    `ColwiseParallel` and `RowwiseParallel` by module name, "*" standing for any part of one. Layers that have no style,
-    and batch norms, stay whole; those between a column- and a row-parallel layer are cut with it. uneven: allow "auto"
-    sizes that do not divide by the ranks.
+    Args:
+        model: The model.
+        mesh: The ranks that share the model.
+        plan: "auto" splits the layers of every Sequential by columns and by rows in turn (see `plan.auto_plan`).
+            Otherwise a `ColwiseParallel` or `RowwiseParallel` for each module name, in which "*" stands for any part of
+            a name. Layers without a style and batch norms stay whole, except those between a column- and a row-parallel
+            layer.
+        uneven: Whether "auto" may split sizes that are not multiples of the number of ranks.
 
-    Raises ValueError if the ranks' models, plans, values or random generators differ, for a name that matches no
-    module, a size that does not divide and a plan that does not fit together, TypeError for modules with other
-    parameters; the model is then as it was.
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If models, plans, values or random generators differ between ranks, if a name matches no module, if
+            a size is not a multiple of the number of ranks, or if the plan is not consistent. The model is then
+            unchanged.
+        TypeError: If a module has other parameters than expected. The model is then unchanged.
     """
     ranks = Ranks.of(mesh)
     check_alike(

@@ -1,10 +1,11 @@
-"""Batch normalisation by the statistics of the rows that all data-parallel ranks hold.
+"""Batch normalisation by the statistics of the rows of all data-parallel ranks.
 
-    n, mean, M2     of all rows, merged from each rank's in rank order (Chan et al. 1979)       one all-gather
-    y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(M2 / n + eps)
-    dx = weight rstd (dy - sum dy / n - xhat sum(dy xhat) / n),  sums over all rows             one all-reduce
+    n, mean, m2     of all rows, merged from those of each rank (Chan et al. 1979)             one all-gather
+    y = (x - mean) rstd weight + bias,  rstd = 1 / sqrt(m2 / n + eps)
+    dx = weight rstd (dy - sum dy / n - xhat sum(dy xhat) / n),  sums over all rows            one all-reduce
 
-The gradients of weight and bias are each rank's own, for data parallelism to add up as it does all others.
+m2 is the sum of squared deviations, and xhat = (x - mean) rstd. The gradients of weight and bias are those of this
+rank's rows; data parallelism sums or averages them over the ranks, as it does for all parameters.
 """
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
@@ -17,10 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from ..kernels import launch
+from ..mlp.autograd import Function
 from ..mlp.batch_norm import move_averages, norm_act_dropout
-from ..mlp.chain import differentiable_grads
+from ..mlp.layer import Norm
 from ..mlp.modules import BatchNorm1d, norm_of
-from ..mlp.reference import Norm
+from ..mlp.second_order import differentiable_grads
 from .collectives import Ranks, all_gather, start_all_reduce
 
 if launch.HAS_TRITON:
@@ -29,15 +31,26 @@ if launch.HAS_TRITON:
 
 
 def sync_batch_norm(input: Tensor, norm: Norm, ranks: Ranks) -> Tensor:
-    """input (N, C, *) of this rank, normalised by the statistics of all ranks' inputs, which may differ in N.
+    """Normalise the input of this rank by the statistics of the inputs of all ranks.
 
-    Without batch statistics, or on one rank, what `functional.batch_norm` does, and so are the errors; on several a
-    single value for each channel in all is not noticed, for that would take a wait, and gives 0 / 0 as its variance.
+    Without batch statistics, or on one rank, this is `functional.batch_norm`.
+
+    Args:
+        input: (N, C, *); N may differ between ranks and be 0.
+        norm: The normalisation.
+        ranks: The data-parallel ranks.
+
+    Returns:
+        A tensor of input's shape and dtype. If there is only one value for each channel on all ranks, the running
+        variance becomes nan (0 / 0). This is not an error, because checking it would wait for the device.
+
+    Raises:
+        ValueError, TypeError: On one rank, or without batch statistics, as `functional.batch_norm` does.
     """
     if not norm.batch_stats or ranks.size == 1:
         return norm_act_dropout(input, norm, None, 0.0)
     rows = input.movedim(1, -1)
-    by_kernels = launch.explain(input, *norm[:5], product=False).backend == "triton"
+    by_kernels = launch.explain(input, *norm.tensors(), product=False).backend == "triton"
     output = SyncBatchNormFunction.apply(
         rows.reshape(-1, rows.shape[-1]),
         norm.weight,
@@ -52,7 +65,7 @@ def sync_batch_norm(input: Tensor, norm: Norm, ranks: Ranks) -> Tensor:
 def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and biased variance of all ranks' rows, in float64."""
     M, C = x.shape
-    # Not rounded to float32: a difference of two ranks' means is squared.
+    # Keep float64: the merge squares differences of the means of ranks.
     if by_kernels:
         mean, var = column_moments(x, None, None, None, 0.0, torch.float64)
     elif M:
@@ -66,8 +79,8 @@ def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, 
     return total, mean, (m2s + n * (means - mean) ** 2).sum(0) / total
 
 
-class SyncBatchNormFunction(torch.autograd.Function):
-    """Rows (M, C) normalised by all ranks' statistics; see above."""
+class SyncBatchNormFunction(Function):
+    """Rows (M, C) normalised by the statistics of all ranks; see the module docstring."""
 
     @staticmethod
     def forward(
@@ -84,7 +97,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return _normalise(x, mean, var, weight, bias, norm.eps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, total, mean, var = ctx.saved_tensors
         eps, ranks, by_kernels = ctx.options
         wanted = ctx.needs_input_grad[:3]
@@ -110,7 +123,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
         dx = None
         if wanted[0]:
-            # As the sum over all rows would be for the mean over this rank's.
+            # batch_norm_bwd divides sums by this rank's number of rows. Scale them, so that it divides by that of all.
             shares = start_all_reduce(sums.clone(), ranks)() * (len(x) / total)
             if by_kernels:
                 (dx,) = batch_norm_bwd(grad_output, x, *norm, shares, None, 0.0, None)
@@ -124,16 +137,24 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalisation of rows by PyTorch operations, in the dtype of mean; the result has x's dtype."""
     y = (x.to(mean.dtype) - mean) * (var + eps).rsqrt()
     y = y if weight is None else y * weight.to(y.dtype)
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 class SyncBatchNorm1d(BatchNorm1d):
-    """A `BatchNorm1d` whose training statistics are those of the rows of all ranks of a mesh of one dimension.
+    """A `BatchNorm1d` that normalises by the statistics of the rows of all ranks in training.
 
-    Constructor, attributes, state_dict keys and errors of `BatchNorm1d`, and the mesh: the data-parallel ranks. Input
-    (N, C) or (N, C, L); N may differ from rank to rank, and be 0. Whether input needs a gradient may not.
+    Input is (N, C) or (N, C, L). N may differ between ranks and be 0. The input needs a gradient on every rank or on
+    none.
+
+    Args:
+        *args, **options: Arguments of `BatchNorm1d`, whose attributes and state_dict keys it has.
+        mesh: Device mesh with one dimension: the data-parallel ranks.
+
+    Raises:
+        ValueError, TypeError: As `BatchNorm1d` and `sync_batch_norm` do.
     """
 
     over: Ranks | None
@@ -143,7 +164,7 @@ class SyncBatchNorm1d(BatchNorm1d):
         self.over = Ranks.of(mesh)
 
     def norm(self) -> Norm:
-        """What this rank does to its next input."""
+        """The normalisation of the next input on this rank."""
         return norm_of(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -154,7 +175,15 @@ class SyncBatchNorm1d(BatchNorm1d):
 
 
 def convert_sync_batch_norm(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Make every BatchNorm1d of a module (or itself) a `SyncBatchNorm1d` in place; returns the module."""
+    """Replace every BatchNorm1d of a module, or the module itself, by a `SyncBatchNorm1d`, in place.
+
+    Args:
+        module: The module.
+        mesh: Device mesh with one dimension: the data-parallel ranks.
+
+    Returns:
+        The module.
+    """
     ranks = Ranks.of(mesh)
     for each in module.modules():
         if type(each) in (nn.BatchNorm1d, BatchNorm1d):

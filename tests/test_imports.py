@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import fusemlp
@@ -98,8 +99,19 @@ def test_every_module_can_be_imported(name):
     importlib.import_module(name)
 
 
-def test_fusemlp_is_a_namespace_package():
-    assert fusemlp.__file__ is None
+@pytest.mark.parametrize("name", fusemlp.__all__)
+def test_a_public_name_is_found_at_the_top(name):
+    assert getattr(fusemlp, name) is not None
+    assert name in dir(fusemlp)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fusemlp' has no attribute 'MPL'"):
+        _ = fusemlp.MPL
+
+
+def test_the_version_is_the_installed_one():
+    assert fusemlp.__version__ == version("fusemlp")
 
 
 def test_every_module_is_loaded_under_its_one_name():
@@ -149,6 +161,11 @@ print("trained")
 def test_training_needs_neither_triton_nor_the_repository_on_the_path(tmp_path):
     done = run_python(WITHOUT_TRITON + TRAINING_STEP, tmp_path)
     assert done.stdout == "trained\n", done.stderr
+
+
+def test_importing_the_package_loads_neither_torch_nor_triton(tmp_path):
+    done = run_python("import sys, fusemlp; print({'torch', 'triton'} & sys.modules.keys())", tmp_path)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_wrong_backend_in_the_environment_is_refused(tmp_path):

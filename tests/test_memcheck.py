@@ -10,6 +10,7 @@ from fusemlp.kernels import (
     batch_norm,
     config,
     cross_entropy,
+    cross_entropy_bwd,
     dropout,
     epilogue,
     gemm,
@@ -264,7 +265,7 @@ def test_every_kernel_and_epilogue_is_clean(launched, monkeypatch):
         losses_of_chunks()
         split_products()
         described_products(monkeypatch)
-    modules = batch_norm, cross_entropy, dropout, gemm, linear, linear_cross_entropy, moments
+    modules = batch_norm, cross_entropy, cross_entropy_bwd, dropout, gemm, linear, linear_cross_entropy, moments
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     public = {name: fn for name, fn in vars(epilogue).items() if not name.startswith("_")}
     epilogues = {name for name, fn in public.items() if getattr(fn, "arg_names", [])[:1] == ["acc"]}

@@ -85,7 +85,7 @@ def test_key_columns(table, key):
 
 
 def test_rows_that_nothing_tells_apart_are_refused():
-    with pytest.raises(ValueError, match="rows that no text column tells apart: case, launches"):
+    with pytest.raises(ValueError, match="do not identify the rows of a table with columns case, launches"):
         key_columns(pd.concat([LAUNCHES[["case", "launches"]]] * 2))
 
 
@@ -97,7 +97,7 @@ def test_exit_status(factor, status, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("tables", "message"),
-    [(None, "b: no such folder"), ({"other": LAUNCHES}, "no table in both")],
+    [(None, "b: no such folder"), ({"other": LAUNCHES}, "have no CSV file in common")],
     ids=["folder", "table"],
 )
 def test_what_is_missing_is_one_line(tables, message, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_what_a_command_has_started_ends_with_it(monkeypatch, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [([], "there is no NVIDIA GPU here"), (["everything"], "argument SECTION: 'everything'; allowed are gpu, correct")],
+    [([], "PyTorch finds no NVIDIA GPU"), (["everything"], "argument SECTION: 'everything'; allowed are gpu, correct")],
     ids=["no-gpu", "unknown"],
 )
 def test_what_it_cannot_do_is_one_line(argv, message, tmp_path, capsys):

@@ -112,8 +112,11 @@ def test_all_nets_of_a_case_have_equal_parameters():
 
 
 BAD = {
-    "no such case": (["--filter", "nothing"], "argument --filter: 'nothing' finds no case\n"),
-    "no expression": (["--filter", "("], "argument --filter: '(': missing ), unterminated subpattern at position 0\n"),
+    "no such case": (["--filter", "nothing"], "argument --filter: 'nothing' matches no case\n"),
+    "no expression": (
+        ["--filter", "("],
+        "argument --filter: '(' is not a regular expression: missing ), unterminated subpattern at position 0\n",
+    ),
 }
 
 

@@ -120,15 +120,20 @@ def test_another_machine_is_refused(measuring, tmp_path, capsys):
     here = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps(here | {"torch": "1.0", "device": "H100"}))
     assert run(tmp_path, "--resume") == 2
-    differing = f"device H100, here {here['device']}; torch 1.0, here {here['torch']}"
-    assert f"argument --resume: {tmp_path} was measured with {differing}\n" in capsys.readouterr().err
+    differing = f"device H100, now {here['device']}; torch 1.0, now {here['torch']}"
+    assert (
+        f"argument --resume: {tmp_path} was measured in another environment: {differing}\n" in capsys.readouterr().err
+    )
 
 
 BAD = {
-    "resume without out": (["--resume"], "argument --resume: goes with --out DIR\n"),
-    "without fusemlp": (["--without", "fuse"], "argument --without: 'fuse' finds fusemlp or torch, with which all are"),
-    "without torch": (["--without", "^torch$"], "argument --without: '^torch$' finds fusemlp or torch"),
-    "no expression": (["--without", "("], "argument --without: '(': missing ), unterminated subpattern"),
+    "resume without out": (["--resume"], "argument --resume: needs --out DIR\n"),
+    "without fusemlp": (["--without", "fuse"], "argument --without: 'fuse' matches fusemlp or torch, which cannot be"),
+    "without torch": (["--without", "^torch$"], "argument --without: '^torch$' matches fusemlp or torch"),
+    "no expression": (
+        ["--without", "("],
+        "argument --without: '(' is not a regular expression: missing ), unterminated subpattern",
+    ),
 }
 
 

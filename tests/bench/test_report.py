@@ -1,6 +1,7 @@
-"""Stored results in a README."""
+"""Stored results in the README and the pages of docs/."""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -80,6 +81,7 @@ def test_the_scaling_table_says_up_to_how_many_ranks_pay(tmp_path):
 
 
 SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"
+MEANS = "<!-- begin means -->\n<!-- end means -->\n"
 
 
 def measured(folder, cuda):
@@ -116,14 +118,16 @@ def test_speed_is_in_multiples_of_fusemlps_time_in_graphs(tmp_path):
 
 def test_the_mean_speed_is_geometric_and_of_each_mode(tmp_path):
     measured(tmp_path / "gpu", "13.0")
-    text = render(SPEED, tmp_path)
+    text = render(MEANS, tmp_path)
+    assert "a GPU, torch 2.11, Triton 3.6" in text
     assert "| training | CUDA graph | 1.50x |" in text
     assert "| training | eager, L2 cold | 1.50x |" in text
 
 
-def test_speed_of_a_cpu_is_not_reported(tmp_path):
+@pytest.mark.parametrize("section", [pytest.param(SPEED, id="speed"), pytest.param(MEANS, id="means")])
+def test_speed_of_a_cpu_is_not_reported(section, tmp_path):
     measured(tmp_path / "cpu", None)
-    assert "No GPU has been measured yet." in render(SPEED, tmp_path)
+    assert "No GPU has been measured yet." in render(section, tmp_path)
 
 
 def test_claims_are_reported_with_their_machine(tmp_path):
@@ -139,7 +143,7 @@ def test_pictures_are_drawn_beside_their_tables(results, readme, tmp_path):
     quick = tmp_path / "cpu"
     assert main(["roofline", "--quick", "--filter", "32", "--out", str(quick)]) == 0
     (quick / "roofline.png").unlink()
-    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
+    assert main(["report", "--pages", str(readme), "--results", str(tmp_path)]) == 0
     assert (quick / "roofline.png").stat().st_size
 
 
@@ -148,23 +152,55 @@ def test_text_without_sections_stays(results):
 
 
 def test_check_changes_nothing(results, readme):
-    assert main(["report", "--check", "--readme", str(readme), "--results", str(results)]) == 1
+    assert main(["report", "--check", "--pages", str(readme), "--results", str(results)]) == 1
     assert readme.read_text(encoding="utf-8") == README
 
 
 def test_check_passes_after_a_report(results, readme):
-    assert main(["report", "--readme", str(readme), "--results", str(results)]) == 0
-    assert main(["report", "--check", "--readme", str(readme), "--results", str(results)]) == 0
+    assert main(["report", "--pages", str(readme), "--results", str(results)]) == 0
+    assert main(["report", "--check", "--pages", str(readme), "--results", str(results)]) == 0
+
+
+@pytest.fixture
+def checkout(readme, tmp_path, monkeypatch):
+    """A folder with a README and a page of docs/, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text(README, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_readme_and_every_page_of_docs_are_brought_up_to_date(results, checkout):
+    assert main(["report", "--results", str(results)]) == 0
+    assert (checkout / "README.md").read_text(encoding="utf-8") == CODEGEN
+    assert (checkout / "docs" / "page.md").read_text(encoding="utf-8") == CODEGEN
+
+
+def test_check_names_each_page_that_is_out_of_date(results, checkout, capsys):
+    (checkout / "README.md").write_text(CODEGEN, encoding="utf-8")
+    assert main(["report", "--check", "--results", str(results)]) == 1
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [str(Path("docs/page.md"))]
+
+
+def test_no_page_is_written_if_one_cannot_be_rendered(results, checkout):
+    (checkout / "docs" / "page.md").write_text(README.replace("codegen", "magic"), encoding="utf-8")
+    assert main(["report", "--results", str(results)]) == 2
+    assert (checkout / "README.md").read_text(encoding="utf-8") == README
+
+
+def test_a_page_that_is_not_there_is_named(results, readme, capsys):
+    assert main(["report", "--pages", str(readme), "missing.md", "--results", str(results)]) == 2
+    assert "argument --pages: missing.md: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ("traffic", "traffic.csv: no such table"),
-        ("magic", "section 'magic': allowed are traffic, scaling, codegen, speed, claims"),
+        ("magic", "section 'magic': allowed are traffic, scaling, codegen, speed, means, claims"),
     ],
 )
 def test_what_it_cannot_render_is_one_line(section, message, readme, tmp_path, capsys):
     readme.write_text(README.replace("codegen", section), encoding="utf-8")
-    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 2
+    assert main(["report", "--pages", str(readme), "--results", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

@@ -170,10 +170,10 @@ def test_measured_rates_take_the_place_of_the_option(out, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--filter", "nothing"], "argument --filter: 'nothing' finds no case"),
-        (["--flops", "0"], "argument --flops: 0.0; must be positive and finite"),
-        (["--bus", "nan"], "argument --bus: nan; must be positive and finite"),
-        (["--latency-us", "-1"], "argument --latency-us: -1.0; must be finite and not negative"),
+        (["--filter", "nothing"], "argument --filter: 'nothing' matches no case"),
+        (["--flops", "0"], "argument --flops: 0.0; must be above 0 and finite"),
+        (["--bus", "nan"], "argument --bus: nan; must be above 0 and finite"),
+        (["--latency-us", "-1"], "argument --latency-us: -1.0; must be at least 0 and finite"),
     ],
     ids=["filter", "flops", "bus", "latency"],
 )

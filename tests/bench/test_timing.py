@@ -140,7 +140,7 @@ def test_who_fails_in_a_graph_does_not_lose_the_others(raced):
 
 def test_who_loses_the_device_is_named(raced, monkeypatch):
     monkeypatch.setattr(race, "device_is_lost", lambda: True)
-    with pytest.raises(RuntimeError, match="bad has lost the device: failed: RuntimeError: no compiler"):
+    with pytest.raises(RuntimeError, match="bad left the CUDA device unusable: failed: RuntimeError: no compiler"):
         raced({"bad": unavailable, "good": list}, "wall clock")
 
 

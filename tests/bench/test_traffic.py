@@ -252,7 +252,7 @@ def test_tables_are_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--filter", "nothing"], "'nothing' finds no case"), (["--flops", "0"], "argument --flops: 0.0; must be")],
+    [(["--filter", "nothing"], "'nothing' matches no case"), (["--flops", "0"], "argument --flops: 0.0; must be")],
     ids=["filter", "ceiling"],
 )
 def test_what_it_cannot_use_is_one_line(argv, message, capsys):

@@ -64,6 +64,8 @@ from fusemlp.bench.codegen import StubDriver
 from torch.utils._pytree import tree_leaves
 from fusemlp.kernels import batch_norm, launch
 from fusemlp.kernels.activation import functions_of_preact
+from fusemlp.kernels.batch_norm import NormArgs
+from fusemlp.kernels.dropout import DropoutArgs
 from fusemlp.kernels.gemm import gemm
 
 calls = []
@@ -101,8 +103,14 @@ x, y = torch.empty(64, 64), torch.empty(64, 64)
 mean, var, weight, bias = torch.empty(4, 66)[:, :64]
 seed = torch.zeros(1, dtype=torch.int64)
 # Arguments in tuples: tensors, None, numbers that are compiled in, and numbers that are not.
-norms = [(None,) * 5, (mean, var, None, None, 1e-5), (mean, var, None, None, 1e-3), (mean, var, weight, bias, 1e-5)]
-drops = [(None,), (seed, 0, 0, 0, None, 1000, 1.5), (seed, 1, 0, 0, None, 1000, 1.5), (seed, 2, 0, 9, 1, 2**31, 2.0)]
+norms = [
+    NormArgs(None, None, None, None, 0.0), NormArgs(mean, var, None, None, 1e-5),
+    NormArgs(mean, var, None, None, 1e-3), NormArgs(mean, var, weight, bias, 1e-5),
+]
+drops = [
+    DropoutArgs(), DropoutArgs(seed, 0, 0, 0, None, 1000, 1.5),
+    DropoutArgs(seed, 1, 0, 0, None, 1000, 1.5), DropoutArgs(seed, 2, 0, 9, 1, 2**31, 2.0),
+]
 
 def block(norm, drop):
     launch.launch(

@@ -312,13 +312,15 @@ def test_without_gradients(mode, net, x, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
 def test_autocast(batch_norm, dtype, x, device, backend):
-    net = MLP(IN, HIDDEN, OUT, activation="gelu", batch_norm=batch_norm, device=device)
+    # The gradient of a bias before batch norm is zero but for rounding: its size would be a matter of luck.
+    bias = not batch_norm
+    net = MLP(IN, HIDDEN, OUT, activation="gelu", batch_norm=batch_norm, bias=bias, device=device)
 
     def scenario(net, x):
         with torch.autocast(device.type, dtype):
             return step(net, x)
 
-    assert_undetectable(scenario, net, by_hand(net, "gelu", batch_norm), x, backend, rounded_to=dtype)
+    assert_undetectable(scenario, net, by_hand(net, "gelu", batch_norm, bias=bias), x, backend, rounded_to=dtype)
 
 
 COMPILED = {

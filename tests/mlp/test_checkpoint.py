@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from fusemlp.mlp.checkpoint import atomic_write, load_checkpoint, save_checkpoint
-from fusemlp.mlp.errors import InputError
+from fusemlp.mlp.training.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from fusemlp.mlp.training.errors import InputError
 
 
 def test_round_trip(tmp_path):
@@ -68,11 +68,11 @@ def malicious(path):
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.write_bytes(b"not a checkpoint"), "damaged or no checkpoint"),
-        (corrupted, "damaged or no checkpoint"),
-        (flipped, "damaged or no checkpoint"),
+        (lambda path: path.write_bytes(b"not a checkpoint"), "damaged or not a checkpoint"),
+        (corrupted, "damaged or not a checkpoint"),
+        (flipped, "damaged or not a checkpoint"),
         (foreign, "was not written by"),
-        (malicious, "damaged or no checkpoint"),
+        (malicious, "damaged or not a checkpoint"),
     ],
     ids=["missing", "text", "truncated", "bit-flip", "foreign", "malicious"],
 )

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from fusemlp.mlp import plots
-from fusemlp.mlp.__main__ import main
-from fusemlp.mlp.data import load_data
+from fusemlp.mlp.training import plots
+from fusemlp.mlp.training.command import main
+from fusemlp.mlp.training.data import load_data
 
 QUICK = ["--no-verify", "--threads", "1"]
 SMALL = ["--hidden", "16", "--epochs", "2"]
@@ -105,11 +105,11 @@ BAD_OPTIONS = [
     ("--loss mse", "--loss: mse does not fit classification"),
     ("--dataset diabetes --loss cross_entropy", "--loss: cross_entropy does not fit regression"),
     ("--dataset diabetes --label-smoothing 0.1", "--label-smoothing: 0.1 does not fit"),
-    ("--target y", "--target: only with --csv"),
-    ("--csv t.csv", "--target: needed with --csv"),
+    ("--target y", "--target: 'y' given without --csv"),
+    ("--csv t.csv", "--target: required with --csv"),
     ("--csv nowhere.csv --target y", "--csv: nowhere.csv does not exist"),
     ("--device tpu", "--device"),
-    ("--device cuda:99", "--device: 'cuda:99'; this machine has"),
+    ("--device cuda:99", "--device: 'cuda:99' does not exist; the number of CUDA devices is"),
     ("--batch-norm --batch-size 1", "--batch-size: 1; --batch-norm needs at least 3"),
     ("--resume", "checkpoint .*checkpoint.pt does not exist"),
     ("--frobnicate", "unrecognized arguments: --frobnicate"),
@@ -136,7 +136,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"junk")
     assert main(["--out", str(tmp_path), "--resume", *QUICK]) == 2
-    assert "checkpoint.pt is damaged or no checkpoint" in capsys.readouterr().err
+    assert "checkpoint.pt is damaged or not a checkpoint" in capsys.readouterr().err
 
 
 def test_plots_show_what_they_should():

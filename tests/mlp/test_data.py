@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fusemlp.mlp.data import DATASETS, load_data
-from fusemlp.mlp.errors import InputError
+from fusemlp.mlp.training.data import DATASETS, load_data
+from fusemlp.mlp.training.errors import InputError
 
 
 def load(csv=None, target=None, task="auto", dataset="iris", seed=0):
@@ -109,15 +109,17 @@ def test_a_seed_decides_the_split():
 
 BAD_TABLES = [
     pytest.param(people(), "lefd", "auto", "--target: .*no column 'lefd'; it has 'age', 'town'", id="no-target"),
-    pytest.param(people().assign(left="x"), "left", "auto", "--target: every row is of class 'x'", id="one-class"),
+    pytest.param(people().assign(left="x"), "left", "auto", "--target: every row has class 'x'", id="one-class"),
     pytest.param(people().assign(age=None), "left", "auto", "--csv: column 'age' .* has no values", id="empty-column"),
     pytest.param(people().assign(age=np.inf), "left", "auto", "--csv: column 'age' .* infinity", id="infinity"),
-    pytest.param(people().assign(age=1e300), "left", "auto", "--csv: column 'age' .* overflows float32", id="overflow"),
+    pytest.param(
+        people().assign(age=1e300), "left", "auto", "--csv: column 'age' .* too large for float32", id="overflow"
+    ),
     pytest.param(people(3).assign(left=list("xxy")), "left", "auto", "class 'y' has 1 row; .* at least 5", id="rare"),
-    pytest.param(people()[["left"]], "left", "auto", "--csv: .*no column beside the target", id="no-features"),
-    pytest.param(people()[:0], "left", "auto", "--csv: .*a header and no rows", id="no-rows"),
+    pytest.param(people()[["left"]], "left", "auto", "--csv: .*no column other than the target", id="no-features"),
+    pytest.param(people()[:0], "left", "auto", "--csv: .*a header but no rows", id="no-rows"),
     pytest.param(people(), "town", "regression", "--task: regression needs numbers.*'town'", id="names-regression"),
-    pytest.param(people(8), "age", "regression", "--csv: 8 rows with a target; .* at least 10", id="few-rows"),
+    pytest.param(people(8), "age", "regression", "--csv: only 8 rows with a target; .* at least 10", id="few-rows"),
 ]
 
 

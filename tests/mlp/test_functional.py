@@ -5,7 +5,7 @@ import torch
 from fusemlp.kernels import cost, launch
 from fusemlp.mlp import functional as F
 from fusemlp.mlp import reference
-from fusemlp.mlp.chain import Layer
+from fusemlp.mlp.layer import Layer
 from fusemlp.mlp.linear import linear_chain
 from hypothesis import given, settings
 from hypothesis import strategies as st

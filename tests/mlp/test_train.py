@@ -9,14 +9,14 @@ import time
 
 import pytest
 import torch
-from fusemlp.mlp.__main__ import main
-from fusemlp.mlp.checkpoint import load_checkpoint
-from fusemlp.mlp.data import load_data
-from fusemlp.mlp.errors import Diverged, InputError
-from fusemlp.mlp.loss import make_loss
-from fusemlp.mlp.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler, penalised
-from fusemlp.mlp.options import parse_options
-from fusemlp.mlp.train import BEST, LAST, Training
+from fusemlp.mlp.training.checkpoint import load_checkpoint
+from fusemlp.mlp.training.command import main
+from fusemlp.mlp.training.data import load_data
+from fusemlp.mlp.training.errors import Diverged, InputError
+from fusemlp.mlp.training.loss import make_loss
+from fusemlp.mlp.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler, penalised
+from fusemlp.mlp.training.options import parse_options
+from fusemlp.mlp.training.train import BEST, LAST, Training
 
 
 def training(tmp_path, *argv, dataset="iris"):
@@ -180,7 +180,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
 def test_resuming_on_other_data_is_refused(tmp_path):
     state = run(tmp_path, "--epochs", 1).state_dict()
-    with pytest.raises(InputError, match="--resume: the data are no longer those"):
+    with pytest.raises(InputError, match="--resume: the data have changed"):
         training(tmp_path, "--epochs", 1, dataset="wine").load_state_dict(state)
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from fusemlp.kernels import launch
-from fusemlp.mlp import chain, verify
-from fusemlp.mlp.__main__ import main
+from fusemlp.mlp import chain
+from fusemlp.mlp.training import verify
+from fusemlp.mlp.training.command import main
 
 
 @pytest.fixture

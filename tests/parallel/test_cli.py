@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from fusemlp.mlp.__main__ import main
-from fusemlp.mlp.checkpoint import load_checkpoint
-from fusemlp.mlp.data import load_data
-from fusemlp.mlp.options import parse_options
-from fusemlp.parallel.__main__ import main as on_several
-from fusemlp.parallel.train import ParallelTraining
+from fusemlp.mlp.training.checkpoint import load_checkpoint
+from fusemlp.mlp.training.command import main
+from fusemlp.mlp.training.data import load_data
+from fusemlp.mlp.training.options import parse_options
+from fusemlp.parallel.training.command import main as on_several
+from fusemlp.parallel.training.train import ParallelTraining
 from ranks import DEBUG, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -84,7 +84,7 @@ def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, t
 
 
 REFUSED = {
-    "degrees": (["--tp", "3"], "argument --nproc-per-node: 2 ranks, and --tp 3 x --dp 1 x --pp 1 makes 3"),
+    "degrees": (["--tp", "3"], "argument --nproc-per-node: 2 ranks were started, but --tp 3 x --dp 1 x --pp 1 needs 3"),
     "option": (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
     "nothing to resume": (["--resume"], "checkpoint.json does not exist"),
 }
@@ -110,7 +110,7 @@ def refuse_to_build(shape, folder, message):
 
 UNFIT = {
     "width": ((1, 1, 2), "out_features of '6': 3 does not divide by 2 ranks; the nearest that do are 2 and 4 "),
-    "stages": ((4, 1, 1), "argument --pp: 4; the net has 3 linear layers, and each stage needs one"),
+    "stages": ((4, 1, 1), "argument --pp: 4; at most 3 stages are allowed, one for each linear layer"),
 }
 
 
@@ -122,7 +122,7 @@ def test_nets_that_the_ranks_cannot_share_are_refused(shape, message, tmp_path):
 def test_without_torchrun_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert on_several([*OPTIONS, "--out", str(tmp_path / "run")]) == 2
-    assert "no ranks: start with torchrun" in capsys.readouterr().err
+    assert "this process is not a rank: start with torchrun" in capsys.readouterr().err
 
 
 def test_ranks_that_were_asked_for_different_things_are_refused(tmp_path):

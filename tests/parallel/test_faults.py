@@ -9,8 +9,8 @@ import pytest
 import torch
 from fusemlp.kernels import launch
 from fusemlp.parallel import ParallelMLP
-from fusemlp.parallel import lost_ranks as module
-from fusemlp.parallel.lost_ranks import enlist, lost_ranks
+from fusemlp.parallel.training import lost_ranks as module
+from fusemlp.parallel.training.lost_ranks import enlist, lost_ranks
 from ranks import TIMEOUT, everyone, on_ranks
 
 VICTIM = 1

@@ -107,7 +107,7 @@ REFUSED = {
         MLP,
         {"layer.*": ColwiseParallel()},
         ValueError,
-        "plan: 'layer.*' matches no module; there are '0', '1'",
+        "plan: 'layer.*' matches no module; the modules are '0', '1'",
     ),
     "size": (
         MLP,
@@ -120,17 +120,17 @@ REFUSED = {
         MLP,
         column(uneven=True),
         ValueError,
-        "plan: '2' takes all of the output of '0'; give that gather_output",
+        "gets this rank's columns; give '0' gather_output=True",
     ),
-    "a whole input": (MLP, {"2": RowwiseParallel(uneven=True)}, ValueError, "plan: '2' takes columns, and gets all"),
-    "not linear": (MLP, {"1": ColwiseParallel()}, TypeError, "plan: '1' is a ReLU; allowed are Linear, LinearReLU"),
+    "a whole input": (MLP, {"2": RowwiseParallel(uneven=True)}, ValueError, "plan: '2' expects this rank's columns"),
+    "not linear": (MLP, {"1": ColwiseParallel()}, TypeError, "module '1' is a ReLU; allowed are Linear, LinearReLU"),
     "other parameters": (
         nn.LayerNorm,
         {"0": ColwiseParallel(gather_output=True)},
         TypeError,
-        "LayerNorm holds parameters",
+        "module '1' is a LayerNorm with parameters; allowed",
     ),
-    "nothing to cut": (nn.Identity, "auto", ValueError, "plan: 'auto' finds no Sequential"),
+    "nothing to cut": (nn.Identity, "auto", ValueError, "plan: 'auto' needs a Sequential"),
 }
 
 
@@ -184,7 +184,7 @@ def test_a_layer_that_differs_is_refused_too():
 
 def two_dimensions():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    with pytest.raises(ValueError, match=r"mesh: 2 dimensions; name one of them, .*'dp', 'tp'"):
+    with pytest.raises(ValueError, match=r"mesh: has 2 dimensions, must have 1; .*'dp', 'tp'"):
         ColumnParallelLinear(4, 8, mesh=mesh)
 
 

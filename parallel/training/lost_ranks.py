@@ -1,4 +1,4 @@
-"""Which ranks a run has lost: what collectives raise names an address, and no rank."""
+"""Find the ranks whose processes have ended. Errors of collectives only name a network address, not a rank."""
 
 import os
 import socket
@@ -7,19 +7,23 @@ import time
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
 
-# Within which a process that was killed is gone, seconds: its parent has to notice.
+# Seconds to wait for a killed process to disappear. It does so when its parent process reads its exit status.
 PATIENCE = 5.0
 
 
 def enlist() -> None:
-    """Tell the other ranks where this one runs."""
+    """Publish this rank's process id and host name in the process group's store."""
     _get_default_store().set(f"rank {dist.get_rank()} runs", f"{os.getpid()} {socket.gethostname()}")
 
 
 def lost_ranks() -> list[int]:
-    """The ranks on this machine whose processes ended, and not by way of this function; torchrun knows the others.
+    """Find the ranks on this machine whose processes ended unexpectedly.
 
-    For a rank that has `enlist`ed, and leaves after the error of a collective.
+    Call this once, after a collective has failed and before the process exits. Every rank must have called `enlist`.
+    The call marks this rank as leaving, so that other ranks do not count it as lost.
+
+    Returns:
+        The lost ranks; empty if none is found within PATIENCE seconds. Ranks on other machines are not checked.
     """
     store = _get_default_store()
     store.set(f"rank {dist.get_rank()} leaves", "")

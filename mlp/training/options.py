@@ -1,4 +1,4 @@
-"""The training command's options."""
+"""Command-line options of the training command."""
 
 import math
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -8,19 +8,19 @@ from typing import Any, Literal, NoReturn, get_args
 
 import torch
 
+from ..model import Init
+from ..reference import ACTIVATIONS
 from .data import DATASETS, Task
 from .errors import InputError
 from .loss import LOSSES
-from .model import Init
 from .optim import OPTIMIZERS, SCHEDULES
-from .reference import ACTIVATIONS
 
 PROG = "fusemlp-train"
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run, as `parse_options` describes it."""
+    """All options of a run. The help texts of `make_parser` describe them."""
 
     dataset: str
     csv: str | None
@@ -56,17 +56,23 @@ class Options:
     verify: bool
 
 
-# Where a run is written and how it is checked, as against what it computes.
+# Options that do not change what a run computes: where it is written and whether the kernels are checked.
 HOUSEKEEPING = ("out", "overwrite", "resume", "verify")
 
 
 def configuration(options: Options) -> dict[str, Any]:
-    """The options that decide what a run computes, as plain data."""
+    """The options that determine what a run computes, by name, as plain data."""
     return {name: value for name, value in asdict(options).items() if name not in HOUSEKEEPING}
 
 
 def number(kind: type, allowed: str, accepts: Callable[[float], bool]) -> Callable[[str], Any]:
-    """An argparse type: a number that `accepts`, described as `allowed`."""
+    """Make an argparse type for numbers in a range.
+
+    Args:
+        kind: int or float.
+        allowed: Description of the allowed numbers, for the error message.
+        accepts: Tells whether a number is allowed. NaN, which stands for text that is not a number, must not be.
+    """
 
     def parse(text: str) -> Any:
         try:
@@ -90,11 +96,14 @@ proper_fraction = number(float, "a number of at least 0 and below 1", lambda val
 
 
 class Parser(ArgumentParser):
+    """An ArgumentParser that raises InputError instead of ending the process."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
 def make_parser() -> Parser:
+    """Make the parser of the training command's options."""
     parser = Parser(
         prog=PROG,
         formatter_class=RawDescriptionHelpFormatter,
@@ -103,24 +112,33 @@ def make_parser() -> Parser:
 
     data = parser.add_argument_group("data")
     source = data.add_mutually_exclusive_group()
-    source.add_argument("--dataset", choices=DATASETS, default="digits", help="shipped with scikit-learn (digits)")
-    source.add_argument("--csv", metavar="FILE", help="your own table, with a header line")
+    source.add_argument("--dataset", choices=DATASETS, default="digits", help="data set of scikit-learn (digits)")
+    source.add_argument("--csv", metavar="FILE", help="CSV file with a header line, instead of --dataset")
     data.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
     data.add_argument(
         "--task",
         choices=["auto", *get_args(Task)],
         default="auto",
-        help="auto: classification of names and of few distinct whole numbers, else regression",
+        help="auto: classification if the target is text or has at most 20 distinct whole numbers, else regression",
     )
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--hidden", type=count, nargs="*", metavar="WIDTH", default=[256, 128], help="hidden widths (256 128)"
+        "--hidden", type=count, nargs="*", metavar="WIDTH", default=[256, 128], help="hidden layer widths (256 128)"
     )
-    model.add_argument("--activation", choices=[name for name in ACTIVATIONS if name], default="relu", help="(relu)")
-    model.add_argument("--batch-norm", action="store_true", help="normalise before every activation")
-    model.add_argument("--dropout", type=probability, metavar="P", default=0.2, help="after every activation (0.2)")
-    model.add_argument("--init", choices=get_args(Init), default="auto", help="auto: He or Xavier, by activation")
+    model.add_argument(
+        "--activation",
+        choices=[name for name in ACTIVATIONS if name],
+        default="relu",
+        help="activation of the hidden layers (relu)",
+    )
+    model.add_argument("--batch-norm", action="store_true", help="batch norm before every activation")
+    model.add_argument(
+        "--dropout", type=probability, metavar="P", default=0.2, help="dropout probability after every activation (0.2)"
+    )
+    model.add_argument(
+        "--init", choices=get_args(Init), default="auto", help="initial weights; auto: He or Xavier, by activation"
+    )
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
 
     loss = parser.add_argument_group("loss")
@@ -128,32 +146,43 @@ def make_parser() -> Parser:
         "--loss",
         choices=["auto", *(name for names in LOSSES.values() for name in names)],
         default="auto",
-        help="auto: cross-entropy, or for regression mse",
+        help="auto: cross_entropy for classification, mse for regression",
     )
-    loss.add_argument("--label-smoothing", type=proper_fraction, metavar="E", default=0.0, help="(0)")
-    loss.add_argument("--class-weights", choices=["none", "balanced"], default="none", help="(none)")
-    loss.add_argument("--l1", type=positive_or_zero, metavar="C", default=0.0, help="C sum |w| joins the loss (0)")
     loss.add_argument(
-        "--l2", type=positive_or_zero, metavar="C", default=0.01, help="weight decay; biases are spared (0.01)"
+        "--label-smoothing", type=proper_fraction, metavar="E", default=0.0, help="of the cross-entropy (0)"
+    )
+    loss.add_argument(
+        "--class-weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: weights inversely proportional to class frequencies (none)",
+    )
+    loss.add_argument("--l1", type=positive_or_zero, metavar="C", default=0.0, help="add C * sum(|w|) to the loss (0)")
+    loss.add_argument(
+        "--l2", type=positive_or_zero, metavar="C", default=0.01, help="weight decay of the weight matrices (0.01)"
     )
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(adamw)")
     optim.add_argument("--lr", type=positive, metavar="RATE", help="learning rate (by optimizer; adamw: 0.001)")
-    optim.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (cosine)")
+    optim.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="learning-rate schedule (cosine)")
     optim.add_argument(
-        "--warmup", type=proper_fraction, metavar="F", default=0.1, help="fraction of the steps to climb in (0.1)"
+        "--warmup",
+        type=proper_fraction,
+        metavar="F",
+        default=0.1,
+        help="fraction of the steps in which the learning rate rises linearly (0.1)",
     )
-    optim.add_argument("--clip", type=positive, metavar="NORM", help="scale larger gradients down to this norm")
-    optim.add_argument("--batch-size", type=count, metavar="N", default=32, help="rows, at most, in a batch (32)")
-    optim.add_argument("--accumulate", type=count, metavar="K", default=1, help="batches to an optimizer step (1)")
+    optim.add_argument("--clip", type=positive, metavar="NORM", help="maximum norm of the gradient (no limit)")
+    optim.add_argument("--batch-size", type=count, metavar="N", default=32, help="maximum rows of a batch (32)")
+    optim.add_argument("--accumulate", type=count, metavar="K", default=1, help="batches per optimizer step (1)")
     optim.add_argument("--epochs", type=count, metavar="N", default=100, help="(100)")
     optim.add_argument(
         "--patience",
         type=count_or_zero,
         metavar="N",
         default=20,
-        help="stop after N epochs without a lower validation loss; 0: never (20)",
+        help="stop after N epochs without a lower validation loss; 0: never stop early (20)",
     )
 
     run = parser.add_argument_group("run")
@@ -161,22 +190,32 @@ def make_parser() -> Parser:
         "--amp", choices=["auto", "none", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 on a GPU"
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument("--threads", type=count, metavar="N", help="CPU threads (PyTorch's choice)")
-    run.add_argument("--seed", type=seed, metavar="N", default=0, help="(0)")
-    run.add_argument("--out", metavar="FOLDER", help="where to write (runs/NAME-TIME)")
-    existing = run.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    existing.add_argument("--resume", action="store_true", help="continue the run that --out holds, with its options")
+    run.add_argument("--threads", type=count, metavar="N", help="CPU threads (default of PyTorch)")
     run.add_argument(
-        "--verify", action=BooleanOptionalAction, default=True, help="check one batch on the Triton kernels at the end"
+        "--seed", type=seed, metavar="N", default=0, help="seed of the split, weights, row order and dropout (0)"
+    )
+    run.add_argument("--out", metavar="FOLDER", help="folder for all output (runs/NAME-TIME)")
+    existing = run.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    existing.add_argument("--resume", action="store_true", help="continue the run in --out, with its options")
+    run.add_argument(
+        "--verify",
+        action=BooleanOptionalAction,
+        default=True,
+        help="after training, compare the Triton kernels with PyTorch on one batch",
     )
     return parser
 
 
 def parse_options(argv: Sequence[str] | None = None, saved: dict[str, Any] | None = None) -> Options:
-    """Parse the command line; a resumed run's saved `configuration` stands in for the defaults.
+    """Parse the command line.
 
-    Raises InputError naming the option at fault, or one that differs from the saved configuration.
+    Args:
+        argv: Command-line arguments without the program name; None means `sys.argv[1:]`.
+        saved: `configuration` of the run to resume. It replaces the defaults.
+
+    Raises:
+        InputError: If an option is invalid or differs from the saved configuration. The message names the option.
     """
     parser = make_parser()
     parser.set_defaults(**(saved or {}))
@@ -184,37 +223,49 @@ def parse_options(argv: Sequence[str] | None = None, saved: dict[str, Any] | Non
     for name, value in (saved or {}).items():
         given = getattr(options, name)
         if given != value:
-            raise InputError(f"argument --{name.replace('_', '-')}: {given} differs from the run to resume, {value}")
+            raise InputError(
+                f"argument --{name.replace('_', '-')}: {given} differs from the run to resume, which has {value}"
+            )
     _check(options)
     return options
 
 
 def _check(options: Options) -> None:
     if options.csv is not None and options.target is None:
-        raise InputError("argument --target: needed with --csv")
+        raise InputError("argument --target: required with --csv")
     if options.csv is None and options.target is not None:
-        raise InputError("argument --target: only with --csv")
+        raise InputError(f"argument --target: {options.target!r} given without --csv; allowed only with --csv")
     if options.batch_norm and options.batch_size < 3:
         raise InputError(
-            f"argument --batch-size: {options.batch_size}; --batch-norm needs at least 3, so that no batch is one row"
+            f"argument --batch-size: {options.batch_size}; --batch-norm needs at least 3, so that no batch has only "
+            "one row"
         )
     if options.resume and options.out is None:
         raise InputError("argument --resume: needs --out, the folder of the run to continue")
     if options.amp == "fp16" and resolve_device(options.device).type != "cuda":
-        raise InputError("argument --amp: fp16 needs a GPU; allowed without one are auto, none, bf16")
+        raise InputError("argument --amp: fp16 needs a GPU; allowed on the CPU are auto, none, bf16")
     resolve_device(options.device)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name, "auto" being the GPU where there is one. Raises InputError if it is not there."""
+    """Find a device by name.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N". "auto" means the GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: If the name is not one of these, or the machine does not have this GPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"argument --device: {name!r} is not a device; allowed are auto, cpu, cuda, cuda:N") from None
+        raise InputError(f"argument --device: {name!r} is unknown; allowed are auto, cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"argument --device: {name!r}; allowed are auto, cpu, cuda, cuda:N")
+        raise InputError(f"argument --device: {name!r} is not supported; allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"argument --device: {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+        raise InputError(
+            f"argument --device: {name!r} does not exist; the number of CUDA devices is {torch.cuda.device_count()}"
+        )
     return device

@@ -1,8 +1,9 @@
 """The training loop on a mesh of pipeline-, data- and tensor-parallel ranks, and its sharded checkpoints.
 
-A step is that of one process: each data-parallel rank takes its share of the rows of every micro-batch, and sums of
-gradients, not means of means, make the gradient of the whole batch's mean loss. A pipeline sends its rows through in
-equal parts (and batch norm, there alone, sees a part at a time).
+An optimizer step computes the same gradient as on one process. Each data-parallel rank takes its share of the rows of
+every micro-batch. The gradients are summed over the ranks and divided by the row count of the whole batch, so ranks may
+have different numbers of rows. A pipeline splits its rows into equal parts. Only there does batch norm differ from one
+process: it computes its statistics for each part.
 """
 # pyright: reportPrivateImportUsage=false
 
@@ -28,27 +29,38 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
-from ..mlp.checkpoint import atomic_write, load_checkpoint, save_checkpoint
-from ..mlp.data import Data
-from ..mlp.errors import Diverged, InputError
-from ..mlp.options import Options, configuration
-from ..mlp.train import BEST, PREDICT_ROWS, Training
-from .mlp import parallelize
-from .sync_batch_norm import convert_sync_batch_norm
+from ...mlp.training.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from ...mlp.training.data import Data
+from ...mlp.training.errors import Diverged, InputError
+from ...mlp.training.options import Options, configuration
+from ...mlp.training.train import BEST, PREDICT_ROWS, Training
+from ..mlp import parallelize
+from ..sync_batch_norm import convert_sync_batch_norm
 
 POINTER = "checkpoint.json"
 PROGRESS = "progress.pt"
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-# Parts of a batch that are under way at once, at most.
+# Number of parts that a pipeline splits its rows into, divided by the number of stages.
 PARTS_PER_STAGE = 2
+# Target of rows that the cross-entropy leaves out.
 IGNORED = -100
 
 
 class ParallelTraining(Training):
-    """A `Training` on a mesh with the dimensions "pp", "dp" and "tp"; every rank of it makes one, and calls it alike.
+    """A `Training` on several ranks. Every rank makes one and calls its methods in the same order.
 
-    uneven: see `parallelize`. Raises what `Training` raises, InputError for more stages than the net has layers and
-    ValueError for widths that tensor-parallel ranks cannot share.
+    Args:
+        options: Options of the run.
+        data: The prepared data set, on the CPU, the same on every rank.
+        folder: Existing folder for the checkpoints, shared by all ranks.
+        mesh: Mesh with the dimensions "pp", "dp" and "tp".
+        uneven: Allow layer widths that are not multiples of the number of tensor-parallel ranks.
+        schedule: Pipeline schedule, a key of SCHEDULES.
+
+    Raises:
+        InputError: As `Training`; also if the batch size is too small for the data-parallel ranks, or if there are more
+            pipeline stages than linear layers.
+        ValueError: If a layer width is not a multiple of the number of tensor-parallel ranks and `uneven` is False.
     """
 
     def __init__(
@@ -56,13 +68,15 @@ class ParallelTraining(Training):
     ) -> None:
         if options.batch_size < 2 * mesh["dp"].size():
             raise InputError(
-                f"argument --batch-size: {options.batch_size}; --dp {mesh['dp'].size()} needs twice as many"
+                f"argument --batch-size: {options.batch_size}; --dp {mesh['dp'].size()} needs at least "
+                f"{2 * mesh['dp'].size()}"
             )
         self.mesh, self.uneven, self.schedule = mesh, uneven, SCHEDULES[schedule]
         self.dp_rank, self.dp_size = mesh["dp"].get_local_rank(), mesh["dp"].size()
         self.stage, self.stages = mesh["pp"].get_local_rank(), mesh["pp"].size()
         super().__init__(options, data, folder)
-        # Other rows and other layers, other masks; the first rank's are those of a run alone.
+        # Ranks with other rows or other layers draw other dropout masks. Tensor-parallel ranks share a seed. The seed
+        # of index 0 is that of a run on one process.
         self.draws = self.dp_rank + self.dp_size * self.stage
         if self.draws:
             torch.manual_seed(options.seed + self.draws)
@@ -71,7 +85,7 @@ class ParallelTraining(Training):
         model = super().build()
         if self.stages > 1:
             keep_stage(model, self.stage, self.stages)
-            # A schedule calls the model, and then its backward, itself.
+            # The pipeline schedule calls the model itself, so autocast must be part of forward.
             model.forward = self.autocast()(model.forward)
         if self.dp_size > 1:
             convert_sync_batch_norm(model, self.mesh["dp"])
@@ -82,38 +96,75 @@ class ParallelTraining(Training):
         return model
 
     def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
+        """Accumulate the gradient of one micro-batch, of which this rank computes its data-parallel share.
+
+        Args:
+            x: Inputs of all ranks (rows, in_features).
+            y: Targets of these rows.
+            count: Divisor of the whole step, from `Loss.count`.
+
+        Returns:
+            The summed loss over the rows of all ranks, divided by `count`: a scalar, the same on every rank.
+        """
         x, y = (t.tensor_split(self.dp_size)[self.dp_rank] for t in (x, y))
-        # Gradients come back as the mean over data-parallel ranks.
         if self.stages == 1:
+            # fully_shard averages gradients over the data-parallel ranks. Multiplying by dp_size makes that a sum.
             loss = super().micro_batch(x, y, count / self.dp_size) / self.dp_size  # pyright: ignore[reportArgumentType]
         else:
-            losses: list[Tensor] = []
-            # Rows once more, which no loss counts, fill the last part.
-            parts = PARTS_PER_STAGE * self.stages
-            place = torch.arange(-(-len(x) // parts) * parts, device=x.device)
-            filled = place % len(x)
-            counts = place < len(x)
-            target = y[filled].where(counts, IGNORED) if y.dim() == 1 else torch.cat([y[filled], counts[:, None]], 1)
-
-            def loss_of_part(output: Tensor, target: Tensor) -> Tensor:
-                if target.dim() > 1:
-                    counts = target[:, -1:]
-                    output, target = output * counts, target[:, :-1] * counts
-                return self.scaler.scale(self.loss.total(output, target) * self.dp_size / count)
-
-            self.pipeline(x[filled], target, parts, loss_of_part, losses)
-            scaled = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
-            loss = scaled / self.scaler.get_scale() / self.dp_size
-            dist.all_reduce(loss, group=self.mesh["pp"].get_group())
+            loss = self.pipelined_micro_batch(x, y, count)
         dist.all_reduce(loss, group=self.mesh["dp"].get_group())
+        return loss
+
+    def pipelined_micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
+        """Accumulate the gradient of this data-parallel rank's rows, through the pipeline stages.
+
+        Args:
+            x: Inputs of this data-parallel rank (rows, in_features).
+            y: Targets of these rows.
+            count: Divisor of the whole step, from `Loss.count`.
+
+        Returns:
+            The summed loss of these rows, divided by `count`: a scalar, the same on every stage.
+        """
+        losses: list[Tensor] = []
+        parts = PARTS_PER_STAGE * self.stages
+        # All parts must have the same number of rows. Repeated rows fill the last parts; the loss leaves them out.
+        place = torch.arange(math.ceil(len(x) / parts) * parts, device=x.device)
+        filled = place % len(x)
+        counts = place < len(x)
+        # Class indices of repeated rows become IGNORED; regression targets get a column that is 0 for repeated rows.
+        target = y[filled].where(counts, IGNORED) if y.dim() == 1 else torch.cat([y[filled], counts[:, None]], 1)
+
+        def loss_of_part(output: Tensor, target: Tensor) -> Tensor:
+            if target.dim() > 1:
+                counts = target[:, -1:]
+                output, target = output * counts, target[:, :-1] * counts
+            # fully_shard averages gradients over the data-parallel ranks. Multiplying by dp_size makes that a sum.
+            return self.scaler.scale(self.loss.total(output, target) * self.dp_size / count)
+
+        self.pipeline(x[filled], target, parts, loss_of_part, losses)
+        # Only the last stage has losses. The sum over the stages gives them to every stage.
+        scaled = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
+        loss = scaled / self.scaler.get_scale() / self.dp_size
+        dist.all_reduce(loss, group=self.mesh["pp"].get_group())
         return loss
 
     def pipeline(
         self, x: Tensor, y: Tensor | None, parts: int, loss: Any = None, losses: list[Tensor] | None = None
     ) -> Tensor | None:
-        """Send rows through the stages, in equal parts, and back if there is a loss; the last stage's output.
+        """Run the forward pass through all pipeline stages and, if a loss is given, the backward pass.
 
-        Stages know their shapes, so that each batch gets its own.
+        A PipelineStage is bound to the shapes of its first batch, so every call makes a new one.
+
+        Args:
+            x: Inputs (rows, in_features). Only the first stage reads them.
+            y: Targets of these rows. Only the last stage reads them. None without a loss.
+            parts: Number of equal parts that the rows are split into.
+            loss: loss(output, target) returns the loss of one part, a scalar. None for the forward pass only.
+            losses: List that the last stage appends the loss of every part to.
+
+        Returns:
+            The output (rows, outputs) on the last stage, None on the others.
         """
         stage = PipelineStage(self.model, self.stage, self.stages, self.device, group=self.mesh["pp"].get_group())
         first, last = self.stage == 0, self.stage == self.stages - 1
@@ -152,10 +203,12 @@ class ParallelTraining(Training):
     def diagnose(self, losses: list[float], val_loss: float) -> Diverged:
         bad = [(step, loss) for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
         what = f"the loss is {bad[0][1]} in step {bad[0][0]}" if bad else f"the validation loss is {val_loss}"
-        return Diverged(f"epoch {self.epoch + 1}: {what}; {self.folder / POINTER} names the checkpoint of {self.epoch}")
+        return Diverged(
+            f"epoch {self.epoch + 1}: {what}; {self.folder / POINTER} names the checkpoint of epoch {self.epoch}"
+        )
 
     def save_best(self) -> None:
-        """Keep the whole model's weights, as one process would: any `torch.nn` net of that shape can load them."""
+        """Write the model's full weights of this epoch as the best ones, in the format of a run on one process."""
         mine = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
         stages: list[Any] = [None] * self.stages
         here = {name: t.cpu() for name, t in mine.items()}  # pyright: ignore[reportAttributeAccessIssue]
@@ -166,7 +219,11 @@ class ParallelTraining(Training):
             save_checkpoint(self.folder / BEST, contents)
 
     def save_last(self) -> None:
-        """Keep everything sharded, each rank its part, in a folder of its own; then, and only then, point to it."""
+        """Write a sharded checkpoint.
+
+        Each rank writes its part into the folder epoch-N. After that, rank 0 writes the folder's name to the pointer
+        file and deletes earlier checkpoints, so the pointer file always names a complete checkpoint.
+        """
         folder = self.folder / f"epoch-{self.epoch}"
         dcp.save(self.sharded_state(), checkpoint_id=folder)
         random: list[Any] = [None] * dist.get_world_size()
@@ -183,10 +240,14 @@ class ParallelTraining(Training):
         dist.barrier()
 
     def sharded_state(self) -> dict[str, Any]:
-        """What the ranks hold together. An optimizer that has not stepped holds nothing, and asking makes it step."""
+        """The model's and the optimizer's state, of which each rank holds a part.
+
+        Before the first step the optimizer has no state. `get_state_dict` would then run a step to create it, so the
+        state of epoch 0 leaves the optimizer out.
+        """
         if self.epoch == 0:
             return {"model": get_model_state_dict(self.model)}
-        # By name: stages have groups of their own.
+        # Keyed by parameter name: indices of parameter groups would mean different parameters on different stages.
         by_name = StateDictOptions(flatten_optimizer_state_dict=True)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=by_name)
         return {"model": model, "optimizer": optimizer}
@@ -195,14 +256,15 @@ class ParallelTraining(Training):
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, which ranks in other numbers may have written.
+        """Continue from the last checkpoint. It may have been written by a different number of ranks.
 
-        Raises InputError if there is none, if it cannot be read or if the data have changed.
+        Raises:
+            InputError: If there is no checkpoint, it cannot be read, or the data have changed.
         """
         folder = last_checkpoint(self.folder)
         progress = load_checkpoint(folder / PROGRESS)
         if progress["data"] != self.data.fingerprint():
-            raise InputError("argument --resume: the data are no longer those that the run began with")
+            raise InputError("argument --resume: the data have changed since the run began")
         self.epoch = progress["epoch"]
         state = self.sharded_state()
         dcp.load(state, checkpoint_id=folder)
@@ -213,7 +275,7 @@ class ParallelTraining(Training):
         self.scheduler.load_state_dict(progress["scheduler"])
         self.scaler.load_state_dict(progress["scaler"])
         self.row_order.set_state(progress["row_order"])
-        # A rank that was not there goes on with its own numbers.
+        # A rank that did not exist when the checkpoint was written keeps its newly seeded generators.
         if (states := progress["random"].get(str(self.draws))) is not None:
             torch.set_rng_state(states[0])
             if states[1] is not None:
@@ -223,13 +285,21 @@ class ParallelTraining(Training):
 
 
 def keep_stage(model: nn.Module, stage: int, stages: int) -> None:
-    """Leave a model only the layers of one of its pipeline's stages, as many as the others have, under their names.
+    """Remove all layers of a model except those of one pipeline stage, in place. The layers keep their names.
 
-    Raises InputError if there are more stages than linear layers.
+    Args:
+        model: A chain of layers. A linear layer and the layers up to the next one stay together.
+        stage: Index of the stage to keep.
+        stages: Number of stages. Their numbers of linear layers differ by at most one.
+
+    Raises:
+        InputError: If there are more stages than linear layers.
     """
     starts = [i for i, layer in enumerate(model.children()) if isinstance(layer, nn.Linear)]
     if len(starts) < stages:
-        raise InputError(f"argument --pp: {stages}; the net has {len(starts)} linear layers, and each stage needs one")
+        raise InputError(
+            f"argument --pp: {stages}; at most {len(starts)} stages are allowed, one for each linear layer"
+        )
     bounds = [0, *(starts[len(starts) * i // stages] for i in range(1, stages)), len(model._modules)]
     for i, name in enumerate(list(model._modules)):
         if not bounds[stage] <= i < bounds[stage + 1]:
@@ -237,10 +307,20 @@ def keep_stage(model: nn.Module, stage: int, stages: int) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The folder of a run's last whole checkpoint. Raises InputError if there is none."""
+    """Find the last complete checkpoint of a run.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        InputError: If there is no checkpoint, or the pointer file is damaged.
+    """
     try:
         return folder / json.loads((folder / POINTER).read_text())["folder"]
     except FileNotFoundError:
         raise InputError(f"checkpoint {folder / POINTER} does not exist") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"checkpoint {folder / POINTER} is damaged or no checkpoint") from None
+        raise InputError(f"checkpoint {folder / POINTER} is damaged or not a checkpoint") from None

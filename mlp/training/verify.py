@@ -1,9 +1,10 @@
-"""One batch of a trained run, forward and backward, through the Triton kernels and through PyTorch.
+"""Compare the Triton kernels with PyTorch on one batch of a trained run, forward and backward.
 
-    python -m fusemlp.mlp.verify RUN
+    python -m fusemlp.mlp.training.verify RUN
 
-compares the output and every gradient, writes RUN/kernels.json and exits with 1 if they differ. On the CPU the kernels
-run in Triton's interpreter, which is chosen when they are imported: hence a process of its own.
+compares the output and every gradient, writes RUN/kernels.json, and exits with 1 if they differ. On the CPU the kernels
+run in Triton's interpreter. Triton chooses the interpreter when the kernels are imported, so the comparison runs in a
+process of its own.
 """
 
 import json
@@ -18,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..kernels.cost import ledger
-from ..kernels.launch import HAS_TRITON, INTERPRET, Backend, backend
+from ...kernels.cost import ledger
+from ...kernels.launch import HAS_TRITON, INTERPRET, Backend, backend
 from .checkpoint import atomic_write, load_checkpoint
 from .data import load_data
 from .errors import InputError
@@ -28,13 +29,25 @@ from .options import Options, resolve_device
 from .train import BEST, make_model
 
 ROWS = 64
-# Of the largest entry: a few thousand float32 roundings in another order.
+# Allowed difference as a fraction of the largest entry: both backends round float32 sums of a few thousand terms, in
+# different orders.
 TOLERANCE = 1e-4
 REPORT = "kernels.json"
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, name: Backend) -> dict[str, Tensor]:
-    """The output and the gradient of the mean loss for every parameter, computed on one backend."""
+    """Compute the output, and the gradient of the mean loss for every parameter, with one backend.
+
+    Args:
+        model: The model, on the device of `x`.
+        x: Inputs (rows, in_features).
+        y: Targets of these rows.
+        loss: The loss.
+        name: "torch" or "triton".
+
+    Returns:
+        Detached tensors by name: "output", and "gradient of NAME" for each parameter.
+    """
     with backend(name):
         output = model(x)
         grads = torch.autograd.grad(loss.mean(output, y), list(model.parameters()))
@@ -43,10 +56,20 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, name: Backend)
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> list[dict[str, float | str]]:
-    """Max abs difference between the kernels and PyTorch, for the output and every gradient, and what is allowed.
+    """Compare the output and every gradient of the Triton kernels with those of PyTorch.
 
-    Allowed is TOLERANCE of the output's, or of all gradients', largest entry. Dropout is off: the backends need not
-    draw the same mask.
+    The model runs in training mode, but dropout is switched off in place, because the backends may draw different
+    masks.
+
+    Args:
+        model: The model, on the device of `x`.
+        x: Inputs (rows, in_features).
+        y: Targets of these rows.
+        loss: The loss.
+
+    Returns:
+        One row for each tensor: "tensor" (its name), "shape", "difference" (maximum absolute difference) and "allowed".
+        The allowed difference is TOLERANCE times the largest entry of the output, or of all gradients.
     """
     model.train()
     for module in model.modules():
@@ -69,12 +92,12 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> list[dict[str
 
 
 def agrees(row: dict[str, float | str]) -> bool:
-    """Whether a row of `compare` is within what is allowed; NaN is not."""
+    """Whether the difference in a row of `compare` is allowed. NaN is not allowed."""
     return row["difference"] <= row["allowed"]  # pyright: ignore[reportOperatorIssue]
 
 
 def table(rows: list[dict[str, float | str]]) -> Table:
-    """The rows of `compare` for a console."""
+    """Format the rows of `compare` as a table for the console."""
     result = Table("tensor", "shape", "max abs difference", "allowed", "", title="Triton kernels against PyTorch")
     for row in rows:
         verdict = "[green]agrees" if agrees(row) else "[red]DIFFERS"
@@ -85,16 +108,33 @@ def table(rows: list[dict[str, float | str]]) -> Table:
 
 
 def run_verify(folder: Path, device: torch.device) -> int:
-    """Verify a run in a process of its own, on the CPU with Triton's interpreter; returns its exit code."""
+    """Run `verify` in a new process.
+
+    Args:
+        folder: Folder of the run.
+        device: Device of the run. On the CPU the new process uses Triton's interpreter.
+
+    Returns:
+        The exit status of the process.
+    """
     interpret = "1" if device.type == "cpu" else "0"
     environment = {**os.environ, "FUSEMLP_BACKEND": "auto", "TRITON_INTERPRET": interpret}
-    return subprocess.run([sys.executable, "-m", "fusemlp.mlp.verify", str(folder)], env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "fusemlp.mlp.training.verify", str(folder)], env=environment
+    ).returncode
 
 
 def verify(folder: Path) -> int:
-    """Compare, print and write down; returns 1 if anything differs or no kernel ran.
+    """Compare the kernels with PyTorch on the first training rows, print the result and write kernels.json.
 
-    Raises InputError if the run's checkpoint or data cannot be read.
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        0 if everything agrees, 1 if a tensor differs or no kernel was launched.
+
+    Raises:
+        InputError: If the checkpoint or the data of the run cannot be read.
     """
     best = load_checkpoint(folder / BEST)
     options = Options(**best["options"], out=None, overwrite=False, resume=False, verify=True)
@@ -123,8 +163,11 @@ def verify(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m fusemlp.mlp.verify", description="Check the kernels on a run's best model.")
-    parser.add_argument("run", type=Path, help="the folder that fusemlp-train wrote")
+    """Run `verify` on the folder that the command line names. Returns its exit status."""
+    parser = ArgumentParser(
+        prog="python -m fusemlp.mlp.training.verify", description="Check the kernels on a run's best model."
+    )
+    parser.add_argument("run", type=Path, help="folder that fusemlp-train wrote")
     folder = parser.parse_args(argv).run
     if not HAS_TRITON:
         parser.error("Triton is not installed")

@@ -1,4 +1,4 @@
-"""The training loop: mini-batches, accumulation, clipping, mixed precision, early stopping, checkpoints."""
+"""The training loop: mini-batches, gradient accumulation, clipping, mixed precision, early stopping, checkpoints."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model import MLP
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Data
 from .errors import Diverged, InputError
 from .loss import make_loss
 from .metrics import evaluate
-from .model import MLP
 from .optim import make_optimizer, make_scheduler, penalised
 from .options import Options, configuration, resolve_device
 
@@ -26,7 +26,7 @@ PREDICT_ROWS = 8192
 
 
 def make_model(options: Options, data: Data) -> MLP:
-    """The network the options describe, on the CPU in float32."""
+    """Make the network that the options describe, in float32 on the default device."""
     return MLP(
         data.train.x.shape[1],
         options.hidden,
@@ -40,10 +40,18 @@ def make_model(options: Options, data: Data) -> MLP:
 
 
 class Training:
-    """A run under way: what a step changes, and what it reads.
+    """The state of one training run.
 
-    `state_dict` is everything that decides the rest of the run, so that a resumed run ends in the same bits.
-    Raises InputError for a loss that does not fit the data's task.
+    `state_dict` contains everything that determines the rest of the run. On the CPU a resumed run ends with exactly the
+    same weights as an uninterrupted one.
+
+    Args:
+        options: Options of the run.
+        data: The prepared data set, on the CPU. The training and validation splits are copied to the run's device.
+        folder: Existing folder for the checkpoints.
+
+    Raises:
+        InputError: If the loss does not fit the task, or the device does not exist.
     """
 
     def __init__(self, options: Options, data: Data, folder: Path) -> None:
@@ -65,10 +73,11 @@ class Training:
         self.history: list[dict[str, float]] = []
 
     def build(self) -> nn.Module:
-        """The model to be trained, where it is trained."""
+        """Make the model on the device where it is trained."""
         return make_model(self.options, self.data).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain data."""
         on_gpu = self.device.type == "cuda"
         return {
             "options": configuration(self.options),
@@ -86,9 +95,13 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises InputError if the data are not those that the state was trained on."""
+        """Continue from a state that `state_dict` returned.
+
+        Raises:
+            InputError: If the training or validation data differ from those of the saved run.
+        """
         if state["data"] != self.data.fingerprint():
-            raise InputError("argument --resume: the data are no longer those that the run began with")
+            raise InputError("argument --resume: the data have changed since the run began")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -107,6 +120,7 @@ class Training:
         return self.epoch == self.options.epochs or 0 < self.options.patience <= waited
 
     def autocast(self) -> torch.autocast:
+        """Make the autocast context of the forward pass; it does nothing if mixed precision is off."""
         amp = self.options.amp
         if amp == "auto":
             amp = "bf16" if self.device.type == "cuda" else "none"
@@ -114,9 +128,13 @@ class Training:
         return torch.autocast(self.device.type, dtype, enabled=amp != "none")
 
     def fit(self, on_epoch: Callable[["Training"], None]) -> None:
-        """Run the epochs that are left, each ending in a checkpoint, and after it `on_epoch`.
+        """Run the remaining epochs and write a checkpoint after each one.
 
-        Raises Diverged if a loss is not finite; the checkpoint is then that of the epoch before.
+        Args:
+            on_epoch: Called with this object after the checkpoint of each epoch.
+
+        Raises:
+            Diverged: If a loss is infinite or NaN. The last checkpoint is then that of the previous epoch.
         """
         if not self.history:
             self.save_last()
@@ -143,15 +161,27 @@ class Training:
             on_epoch(self)
 
     def steps(self) -> Iterator[Tensor]:
-        """One epoch of optimizer steps in a fresh order; yields each step's mean loss, on the device."""
+        """Run the optimizer steps of one epoch, with the rows in a new random order.
+
+        Yields:
+            The mean loss of each step, a float32 scalar on the device.
+        """
         self.model.train()
         order = torch.randperm(len(self.train), generator=self.row_order).to(self.device)
-        # Equal parts rather than full batches and a rest: batch norm cannot take a rest of one row.
+        # Parts of nearly equal size: full batches could leave one row over, which batch norm cannot train on.
         for rows in order.tensor_split(self.steps_per_epoch):
             yield self.step(self.train.x[rows], self.train.y[rows])
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on (rows, in_features) and their targets, in micro-batches; returns the mean loss."""
+        """Run one optimizer step in micro-batches.
+
+        Args:
+            x: Inputs (rows, in_features).
+            y: Targets of these rows, as in `Split.y`.
+
+        Returns:
+            The mean loss without penalties, a float32 scalar on the device.
+        """
         options = self.options
         self.optimizer.zero_grad()
         loss = self.accumulate(x, y)
@@ -161,16 +191,20 @@ class Training:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # lower: the gradients overflowed and the step was skipped
+        if self.scaler.get_scale() >= scale:  # a lower scale means that gradients overflowed and the step was skipped
             self.scheduler.step()
         return loss
 
     def clip(self, norm: float) -> None:
-        """Scale larger gradients down to this norm."""
+        """Scale the gradient down to this norm if its norm is larger."""
         nn.utils.clip_grad_norm_(self.model.parameters(), norm)
 
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the gradient of the mean loss over all rows, and of the L1 penalty; returns the loss without it."""
+        """Accumulate the gradients of the mean loss over all rows and of the L1 penalty.
+
+        Returns:
+            The mean loss without the penalty, a float32 scalar on the device.
+        """
         options = self.options
         parts = math.ceil(len(x) / options.batch_size)
         count = self.loss.count(y)
@@ -183,7 +217,16 @@ class Training:
         return loss
 
     def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
-        """Add the gradient of the loss of these rows, divided by count; returns that loss."""
+        """Accumulate the gradient of the summed loss of one micro-batch, divided by `count`.
+
+        Args:
+            x: Inputs (rows, in_features).
+            y: Targets of these rows.
+            count: Divisor of the whole step, from `Loss.count`.
+
+        Returns:
+            The summed loss divided by `count`, a scalar.
+        """
         with self.autocast():
             output = self.model(x)
         loss = self.loss.total(output, y) / count
@@ -191,27 +234,35 @@ class Training:
         return loss.detach()
 
     def validate(self) -> tuple[float, dict[str, float]]:
-        """The validation split's loss and metrics."""
+        """Compute the mean loss and the metrics of the validation split; no metrics if the loss is not finite."""
         output = self.predict(self.val.x)
         loss = self.loss.mean(output, self.val.y).item()
         metrics = evaluate(output.cpu(), self.data, self.data.val.y) if math.isfinite(loss) else {}
         return loss, metrics
 
     def predict(self, x: Tensor) -> Tensor:
-        """The model's output (rows, outputs) in evaluation mode, in float32."""
+        """See `predict`."""
         return predict(self.model, x)
 
     def save_last(self) -> None:
-        """Keep all that a resumed run needs."""
+        """Write the checkpoint that a resumed run starts from."""
         save_checkpoint(self.folder / LAST, self.state_dict())
 
     def save_best(self) -> None:
-        """Keep the model's weights of this epoch."""
+        """Write the model's weights of this epoch as the best ones."""
         contents = {"options": configuration(self.options), "model": self.model.state_dict(), "epoch": self.epoch}
         save_checkpoint(self.folder / BEST, contents)
 
     def diagnose(self, losses: list[float], val_loss: float) -> Diverged:
-        """Go through the epoch again from its checkpoint, looking for the first value that is not finite."""
+        """Repeat the epoch from the last checkpoint to find the first value that is not finite.
+
+        Args:
+            losses: Mean loss of each step of the epoch.
+            val_loss: Validation loss after the epoch.
+
+        Returns:
+            The error to raise. Its message names the step and the layer.
+        """
         bad = [(step, loss) for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
         what = f"the loss is {bad[0][1]} in step {bad[0][0]}" if bad else f"the validation loss is {val_loss}"
         epoch, kept = self.epoch + 1, self.folder / LAST
@@ -225,19 +276,37 @@ class Training:
                 predict(self.model, self.val.x)
         except FloatingPointError as found:
             where = f"{found} in step {step}"
-        return Diverged(f"epoch {epoch}: {what}; first not finite: {where}; {kept} holds epoch {self.epoch}")
+        return Diverged(
+            f"epoch {epoch}: {what}; the first value that is not finite: {where}; {kept} holds epoch {self.epoch}"
+        )
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output (rows, outputs) in evaluation mode, in float32."""
+    """Compute the model's output in evaluation mode, in parts of at most PREDICT_ROWS rows.
+
+    Args:
+        model: The model. It is left in evaluation mode.
+        x: Inputs on the model's device, float32 (rows, in_features).
+
+    Returns:
+        float32 (rows, outputs).
+    """
     model.eval()
     return torch.cat([model(part).float() for part in x.split(PREDICT_ROWS)])
 
 
 @contextmanager
 def refuse_non_finite(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Have the first layer whose output, or parameter whose gradient, is not finite raise FloatingPointError."""
+    """Raise FloatingPointError at the first value that is not finite. Applies inside the `with` block.
+
+    Args:
+        model: The model. The outputs of its children are checked.
+        gradients: Check the gradients of the children's parameters as well.
+
+    Raises:
+        FloatingPointError: Inside the block. The message names the layer.
+    """
 
     def check(what: str, *tensors: Any) -> None:
         if not torch.isfinite(tensors[-1]).all():
@@ -257,7 +326,7 @@ def refuse_non_finite(model: nn.Module, gradients: bool) -> Iterator[None]:
 
 
 def load_best(folder: Path, model: nn.Module) -> int:
-    """Load the best epoch's weights into the model; returns the epoch."""
+    """Load the weights of the best epoch from a run's folder into `model`. Returns the number of that epoch."""
     best = load_checkpoint(folder / BEST)
     model.load_state_dict(best["model"])
     return best["epoch"]

@@ -1,4 +1,4 @@
-"""Losses as a sum over rows and what a mean divides it by, so that micro-batches add up to their batch."""
+"""Losses as a sum over rows and a separate divisor, so that the micro-batches of a batch can be added up exactly."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cross_entropy import cross_entropy
+from ..cross_entropy import cross_entropy
 from .data import Data
 from .errors import InputError
 
@@ -19,24 +19,40 @@ LOSSES = {"classification": ["cross_entropy"], "regression": ["mse", "mae"]}
 
 @dataclass(frozen=True)
 class Loss:
-    """total(output, target): the summed loss, a scalar. count(target): the number, or weight, of what is summed.
+    """A loss function, split into a sum and its divisor.
 
-    output (rows, outputs) floating; target (rows,) int64 for cross-entropy, (rows, outputs) floating otherwise.
+    `output` is floating point (rows, outputs). `target` is int64 class indices (rows,) for cross-entropy and floating
+    point (rows, outputs) for the other losses.
+
+    Attributes:
+        total: total(output, target) is the sum of the loss over all rows, a float32 scalar.
+        count: count(target) is what the mean divides the sum by: the number of rows for cross-entropy, the sum of the
+            rows' class weights if there are class weights, the number of elements for the other losses.
     """
 
     total: Callable[[Tensor, Tensor], Tensor]
     count: Callable[[Tensor], Tensor | int]
 
     def mean(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss, a float32 scalar."""
         return self.total(output, target) / self.count(target)
 
 
 def make_loss(
     name: str, data: Data, label_smoothing: float, class_weights: str, device: torch.device | str = "cpu"
 ) -> Loss:
-    """The loss of that name, "auto" being the first of LOSSES for the task; in float32, whatever the output's dtype.
+    """Make the loss for a data set. The loss is computed in float32 for outputs of any dtype.
 
-    Raises InputError for one that does not fit the task.
+    Args:
+        name: One of LOSSES[data.task], or "auto" for the first of them.
+        data: The data set. Its training split determines the balanced class weights.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1). Must be 0 for other losses.
+        class_weights: "none", or "balanced" for weights inversely proportional to the class frequencies
+            (cross-entropy only).
+        device: Where the loss will be computed.
+
+    Raises:
+        InputError: If the loss does not fit the task, or an option does not fit the loss.
     """
     allowed = LOSSES[data.task]
     name = allowed[0] if name == "auto" else name
@@ -44,9 +60,11 @@ def make_loss(
         raise InputError(f"argument --loss: {name} does not fit {data.task}; allowed are {', '.join(allowed)}")
     if name != "cross_entropy":
         if label_smoothing:
-            raise InputError(f"argument --label-smoothing: {label_smoothing:g} does not fit --loss {name}")
+            raise InputError(
+                f"argument --label-smoothing: {label_smoothing:g} does not fit --loss {name}; only 0 is allowed"
+            )
         if class_weights != "none":
-            raise InputError(f"argument --class-weights: {class_weights} does not fit --loss {name}")
+            raise InputError(f"argument --class-weights: {class_weights} does not fit --loss {name}; allowed is none")
         total = F.mse_loss if name == "mse" else F.l1_loss
         return Loss(lambda output, target: total(output.float(), target, reduction="sum"), Tensor.numel)
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: metrics, history and plots, in one folder."""
+"""Write the results of a run into its folder: configuration, metrics, history and plots."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,15 @@ PLOTS = ("loss", "roc", "calibration", "confusion", "predicted_vs_true", "residu
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder and see that it can be written; an earlier run in it is refused, or with `overwrite` deleted."""
+    """Create the folder of a run and check that files can be written there.
+
+    Args:
+        folder: The folder. Missing parent folders are created as well.
+        overwrite: Delete the files of an earlier run in the folder.
+
+    Raises:
+        InputError: If the folder cannot be written, or holds an earlier run and `overwrite` is False.
+    """
     earlier = [path for path in run_files(folder) if path.exists()]
     if earlier and not overwrite:
         raise InputError(
@@ -38,22 +46,31 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Every path that a run may write."""
+    """Every file that a run may write into its folder."""
     return [folder / name for name in FILES] + [folder / f"{name}.png" for name in PLOTS]
 
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write indented JSON atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(contents, indent=2) + "\n").encode())
 
 
 def write_history(training: Training) -> None:
+    """Write the losses, learning rate and validation metric of every epoch to history.csv."""
     with atomic_write(training.folder / HISTORY) as file:
         pd.DataFrame(training.history).to_csv(file, index=False)
 
 
 def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
-    """Test the best epoch's weights, this once; returns the metrics and the plots."""
+    """Evaluate the best epoch's weights on the test split, and write metrics.json and the plots.
+
+    Args:
+        training: A run that has ended. The best weights are loaded into its model.
+
+    Returns:
+        The metrics of the test split, by name, and the paths of the plots.
+    """
     folder, data = training.folder, training.data
     best_epoch = load_best(folder, training.model)
     output = predict(training.model, data.test.x.to(training.device)).cpu()
@@ -79,6 +96,7 @@ def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> Table:
+    """Format metrics as a table for the console."""
     table = Table("metric", title=title, min_width=len(title))
     table.add_column("value", justify="right")
     for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""How good predictions are, by scikit-learn and torchmetrics."""
+"""Metrics of predictions, computed with scikit-learn and torchmetrics."""
 
 import numpy as np
 from sklearn import metrics
@@ -9,14 +9,32 @@ from .data import Data
 
 
 def evaluate(output: Tensor, data: Data, target: Tensor) -> dict[str, float]:
-    """Metrics of the network's output (rows, outputs) for a split's y."""
+    """Compute the metrics of the network's output on one split.
+
+    Args:
+        output: Output of the network on the CPU, floating point (rows, outputs): logits or standardised predictions.
+        data: The data set that the split belongs to.
+        target: `y` of the split, on the CPU.
+
+    Returns:
+        The value of each metric, by name. Regression metrics are in the original units of the targets.
+    """
     if data.task == "regression":
         return regression_metrics(data.in_own_units(output), data.in_own_units(target))
     return classification_metrics(output.double().softmax(1), target)
 
 
 def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, float]:
-    """Of probabilities (rows, classes) for the class indices (rows,); precision, recall and F1 are macro averages."""
+    """Compute metrics of classification. Precision, recall and F1 are macro averages.
+
+    Args:
+        probabilities: Predicted probabilities on the CPU, floating point (rows, classes).
+        target: True class indices on the CPU, int64 (rows,).
+
+    Returns:
+        The value of each metric, by name. The ROC-AUC of more than two classes is the average of one against the rest.
+        The expected calibration error has 15 bins.
+    """
     classes = probabilities.shape[1]
     true, predicted, scores = target.numpy(), probabilities.argmax(1).numpy(), probabilities.numpy()
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
@@ -42,7 +60,15 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
 
 
 def regression_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Of predictions (rows, targets), in the units they are given in; averages over the targets."""
+    """Compute metrics of regression, averaged over the targets.
+
+    Args:
+        prediction: Predictions (rows, targets).
+        target: True values (rows, targets), in the same units.
+
+    Returns:
+        The value of each metric, by name: R2 has no unit, MAE the targets' unit, MSE its square.
+    """
     return {
         "R2": float(metrics.r2_score(target, prediction)),
         "MSE": float(metrics.mean_squared_error(target, prediction)),

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: every name is an object of torch.optim."""
+"""Optimizers and learning-rate schedules by name; each one is a class of torch.optim with its arguments."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,19 +29,34 @@ WARMUP_START = 0.01
 
 
 def penalised(model: nn.Module) -> list[Tensor]:
-    """The weight matrices: biases and what batch norm learns carry no prior."""
+    """The parameters that L1 and L2 penalties apply to: weight matrices, but not biases or batch norm parameters."""
     return [parameter for parameter in model.parameters() if parameter.dim() > 1]
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float | None, l2: float) -> Optimizer:
-    """An optimizer of OPTIMIZERS, at its own learning rate for None, with `l2` as the weight decay of the weights."""
+    """Make an optimizer for all parameters of a model.
+
+    Args:
+        name: A key of OPTIMIZERS.
+        model: The model to train.
+        lr: Learning rate; None means the default of OPTIMIZERS.
+        l2: Weight decay of the parameters that `penalised` lists. The other parameters have none.
+    """
     free = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": penalised(model), "weight_decay": l2}, {"params": free, "weight_decay": 0.0}]
     return OPTIMIZERS[name](groups, **({} if lr is None else {"lr": lr}))
 
 
 def make_scheduler(name: str, optimizer: Optimizer, steps: int, warmup: float) -> LRScheduler:
-    """A schedule of SCHEDULES over `steps` optimizer steps, of which a fraction `warmup` first climbs linearly."""
+    """Make a learning-rate schedule that is advanced once for each optimizer step.
+
+    Args:
+        name: A key of SCHEDULES.
+        optimizer: The optimizer whose learning rate is set.
+        steps: Optimizer steps of the whole run.
+        warmup: Fraction of `steps` in [0, 1), during which the learning rate rises linearly from WARMUP_START times its
+            value to its value. The schedule covers the remaining steps.
+    """
     warmup_steps = int(warmup * steps)
     if not warmup_steps:
         return SCHEDULES[name](optimizer, steps)

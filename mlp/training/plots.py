@@ -1,4 +1,4 @@
-"""Figures of a run: how it learned, and how its predictions on the test split fare."""
+"""Figures of a run: loss curves, and the predictions on the test split."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +18,17 @@ MAX_CLASSES_DRAWN = 20
 def figures(
     history: Sequence[Mapping[str, float]], best_epoch: int, output: Tensor, data: Data
 ) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of every plot: `history` has a row per epoch, `output` (rows, outputs) is for the test split."""
+    """Draw every plot of a run.
+
+    Args:
+        history: One row for each epoch, with "epoch", "train_loss" and "val_loss".
+        best_epoch: Epoch whose weights were kept.
+        output: Output of the network on the test split, on the CPU, floating point (rows, outputs).
+        data: The data set.
+
+    Yields:
+        The name of each plot, without suffix, and its figure.
+    """
     yield "loss", loss_curves(history, best_epoch, data.name)
     if data.task == "regression":
         true, predicted = data.in_own_units(data.test.y), data.in_own_units(output)
@@ -46,7 +56,10 @@ def loss_curves(history: Sequence[Mapping[str, float]], best_epoch: int, name: s
 
 
 def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
-    """The receiver operating characteristic of two classes, or of each class against the rest."""
+    """One ROC curve for two classes; for more, one curve for each class against the rest.
+
+    `true` is int64 (rows,), `probabilities` floating point (rows, classes).
+    """
     figure, axes = _subplots(title=f"{data.name}: ROC on the test split", width=6.4, height=6)
     drawn = [1] if len(data.labels) == 2 else range(len(data.labels))[:MAX_CLASSES_DRAWN]
     for label in drawn:
@@ -64,17 +77,20 @@ def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figur
 
 
 def calibration_curve(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
-    """How often the predicted class is right, against the probability given to it."""
+    """The fraction of correct predictions against the predicted probability of the predicted class.
+
+    `true` is int64 (rows,), `probabilities` floating point (rows, classes).
+    """
     figure, axes = _subplots(title=f"{data.name}: calibration on the test split", width=6.4, height=6)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == true
     CalibrationDisplay.from_predictions(right, confidence, n_bins=10, pos_label=True, name="predicted class", ax=axes)
-    axes.set(xlabel="probability of the predicted class", ylabel="fraction predicted rightly")
+    axes.set(xlabel="probability of the predicted class", ylabel="fraction predicted correctly")
     axes.grid(alpha=0.3)
     return figure
 
 
 def confusion_matrix(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
-    """Counts of true against predicted classes."""
+    """Counts of true against predicted classes. `true` is int64 (rows,), `probabilities` (rows, classes)."""
     size = min(14.0, 4 + 0.4 * len(data.labels))
     figure, axes = _subplots(title=f"{data.name}: confusion on the test split", width=size, height=size)
     ConfusionMatrixDisplay.from_predictions(
@@ -93,7 +109,15 @@ def confusion_matrix(true: np.ndarray, probabilities: np.ndarray, data: Data) ->
 
 
 def prediction_errors(true: np.ndarray, predicted: np.ndarray, data: Data, kind: str) -> Figure:
-    """Predictions against true values, or residuals against predictions: a panel for each target column."""
+    """Plot predictions or residuals, with one panel for each target column.
+
+    Args:
+        true: True values (rows, targets).
+        predicted: Predictions (rows, targets), in the same units.
+        data: The data set.
+        kind: "actual_vs_predicted" for true values over predictions, "residual_vs_predicted" for residuals over
+            predictions.
+    """
     figure = Figure(figsize=(0.8 + 4.6 * len(data.labels), 5), dpi=150, layout="constrained")
     what = "predicted and true values" if kind == "actual_vs_predicted" else "residuals"
     figure.suptitle(f"{data.name}: {what} on the test split")
@@ -102,7 +126,8 @@ def prediction_errors(true: np.ndarray, predicted: np.ndarray, data: Data, kind:
             true[:, column], predicted[:, column], kind=kind, ax=axes, scatter_kwargs={"alpha": 0.6, "s": 18}
         )
         axes.set(title=data.labels[column], xlabel="predicted")
-        for axis in (axes.xaxis, axes.yaxis):  # scikit-learn's ticks start from the smallest value, 48.0, 118.3, ...
+        for axis in (axes.xaxis, axes.yaxis):
+            # scikit-learn places ticks from the smallest value on, not at round numbers.
             axis.set_major_locator(AutoLocator())
         axes.set_ylabel("true" if kind == "actual_vs_predicted" else "true - predicted")
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and checkpoints of tensors and plain data."""
+"""Atomic file writes, and checkpoints that contain only tensors and plain data."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,15 @@ FORMAT = "fusemlp.mlp 1"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` so that a crash at any moment leaves the old file or the new one, and nothing else on an error."""
+    """Write a file atomically: after a crash or an error, `path` holds either the old contents or the new ones.
+
+    Args:
+        path: File to create or replace. A temporary file is written in the same folder and then renamed.
+
+    Yields:
+        The temporary file, open for writing bytes. If the `with` block raises, the file is deleted and `path` is left
+        unchanged.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -30,16 +38,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write tensors and plain data, atomically."""
+    """Write a checkpoint atomically.
+
+    Args:
+        path: File to create or replace.
+        contents: Tensors and plain data: numbers, strings, None, and lists, tuples and dicts of these.
+    """
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, **contents}, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Raises InputError naming a missing, damaged or foreign file."""
+    """Read a checkpoint that `save_checkpoint` wrote.
+
+    Args:
+        path: The checkpoint file.
+
+    Returns:
+        The saved contents, with all tensors on the CPU, and the key "format".
+
+    Raises:
+        InputError: If the file is missing or damaged, or was not written by this version of the training command.
+    """
     try:
         with ZipFile(path) as archive:
-            # torch.load does not look at the checksums that torch.save writes.
+            # torch.load does not verify the checksums that torch.save writes.
             if damaged := archive.testzip():
                 raise BadZipFile(f"bad checksum of {damaged}")
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,7 +70,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).partition("\n")[0]
-        raise InputError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from None
+        raise InputError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from None
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise InputError(f"checkpoint {path} was not written by this version of fusemlp.mlp ({FORMAT!r})")
     return contents

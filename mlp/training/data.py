@@ -1,6 +1,6 @@
-"""Tables as tensors: scikit-learn's shipped data sets or a CSV, split, imputed, encoded and standardised."""
+"""Load a data set of scikit-learn or a CSV file; split, impute, encode and standardise it; return tensors."""
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalIterable=false, reportReturnType=false
-# (pandas and scikit-learn ship no types, and those inferred from their code are too wide)
+# (pandas and scikit-learn ship no type annotations, and the types inferred from their code are too wide)
 
 import hashlib
 from collections.abc import Callable
@@ -39,7 +39,12 @@ MIN_ROWS_REGRESSION = 10
 
 @dataclass(frozen=True)
 class Split:
-    """x (rows, in_features) float32; y (rows,) int64 class indices, or (rows, targets) float32, standardised."""
+    """The rows of one split.
+
+    Attributes:
+        x: Inputs, float32 (rows, in_features).
+        y: Targets. Classification: int64 class indices (rows,). Regression: standardised float32 (rows, targets).
+    """
 
     x: Tensor
     y: Tensor
@@ -53,10 +58,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits, and what the network's outputs stand for.
+    """A prepared data set.
 
-    labels: the classes, or the target columns, in the order of the outputs. target_scaler: takes standardised
-    regression targets back to their own units. dropped: rows left out because their target is missing.
+    Attributes:
+        name: Name of the data set, or the file name of the CSV without its suffix.
+        task: "classification" or "regression".
+        train: The training split.
+        val: The validation split.
+        test: The test split.
+        labels: Names of the classes or of the target columns, one for each output of the network, in order.
+        target_scaler: Converts standardised regression targets to their original units. None for classification.
+        dropped: Number of rows that were left out because their target is missing.
     """
 
     name: str
@@ -69,25 +81,49 @@ class Data:
     dropped: int
 
     def fingerprint(self) -> str:
-        """A hash of the training and validation splits, so that a resumed run can tell that its data have changed."""
+        """Hash the training and validation splits, so that a resumed run can detect that its data have changed.
+
+        Returns:
+            A SHA-256 digest in hexadecimal.
+        """
         digest = hashlib.sha256()
         for tensor in (self.train.x, self.train.y, self.val.x, self.val.y):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def in_own_units(self, y: Tensor) -> np.ndarray:
-        """Standardised regression targets (rows, targets) in their original units."""
+        """Convert standardised regression targets to their original units.
+
+        Args:
+            y: Targets or predictions on the CPU, (rows, targets).
+
+        Returns:
+            float64 (rows, targets).
+        """
         assert self.target_scaler is not None
         return np.asarray(self.target_scaler.inverse_transform(y.double().numpy()))
 
 
 def load_data(dataset: str, csv: str | None, target: str | None, task: Task | Literal["auto"], seed: int) -> Data:
-    """Read a shipped data set, or column `target` and the features beside it from a CSV file, and prepare them.
+    """Read a data set and prepare it for training.
 
-    Split 60/20/20, for classification stratified. Missing numbers become the median and are then standardised, missing
-    categories become a category of their own and are one-hot encoded; all of it is fitted on the training split alone.
+    60% of the rows are for training, 20% for validation and 20% for testing; for classification the split is stratified
+    by class. Missing numbers are replaced by the median, and numeric columns are standardised. Missing categories
+    become a category of their own, and categorical columns are one-hot encoded. Median, mean, standard deviation and
+    categories are computed from the training split only.
 
-    Raises InputError naming the option at fault.
+    Args:
+        dataset: A key of DATASETS. Ignored if `csv` is given.
+        csv: Path of a CSV file with a header line, or None.
+        target: Name of the column of `csv` to predict. All other columns are inputs.
+        task: "classification", "regression", or "auto" to choose by `infer_task`.
+        seed: Seed of the random split.
+
+    Returns:
+        The three splits, on the CPU, with the names of the outputs.
+
+    Raises:
+        InputError: If the file cannot be read, or its contents do not suit the task. The message names the option.
     """
     if csv is None:
         name = dataset
@@ -125,7 +161,15 @@ def load_data(dataset: str, csv: str | None, target: str | None, task: Task | Li
 
 
 def infer_task(targets: DataFrame) -> Task:
-    """Classification for one column of names, or of at most 20 distinct whole numbers; otherwise regression."""
+    """Guess the task from the target columns.
+
+    Args:
+        targets: One column for each target, without missing values.
+
+    Returns:
+        "classification" for a single column that is not numeric or holds at most MAX_CLASSES_INFERRED (20) distinct
+        whole numbers; otherwise "regression".
+    """
     if targets.shape[1] > 1:
         return "regression"
     column = targets.iloc[:, 0]
@@ -136,7 +180,10 @@ def infer_task(targets: DataFrame) -> Task:
 
 
 def make_preprocessor() -> ColumnTransformer:
-    """Numbers imputed and standardised, everything else one-hot encoded; categories unseen in `fit` are all zeros."""
+    """Make an unfitted transformer that standardises numeric columns and one-hot encodes all others.
+
+    Missing numbers become the column's median. A category that did not occur in `fit` is encoded as all zeros.
+    """
     numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
     categories = make_pipeline(
         SimpleImputer(strategy="constant", fill_value="missing"),
@@ -178,41 +225,43 @@ def _read_csv(path: str, target: str) -> tuple[DataFrame, DataFrame]:
     if target not in frame.columns:
         raise InputError(f"argument --target: {path} has no column {target!r}; it has {_listed(frame.columns)}")
     if frame.empty:
-        raise InputError(f"argument --csv: {path} has a header and no rows")
+        raise InputError(f"argument --csv: {path} has a header but no rows")
     if frame.shape[1] == 1:
-        raise InputError(f"argument --csv: {path} has no column beside the target {target!r}")
+        raise InputError(f"argument --csv: {path} has no column other than the target {target!r}")
     for column in frame.columns:
         if frame[column].isna().all():
             raise InputError(f"argument --csv: column {column!r} of {path} has no values")
         if _is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
-            raise InputError(f"argument --csv: column {column!r} of {path} contains infinity or overflows float32")
+            raise InputError(
+                f"argument --csv: column {column!r} of {path} contains infinity or a number too large for float32"
+            )
     features = frame.drop(columns=target)
     for column in features:
         if not _is_numeric(features[column]):
-            # Booleans too: a missing one becomes the string "missing".
+            # Booleans are converted as well, so that the imputer can replace a missing one by the string "missing".
             features[column] = features[column].map(str, na_action="ignore").astype("object")
     return features, frame[[target]]
 
 
 def _check_classes(y: np.ndarray, labels: list[str]) -> None:
     if len(labels) < 2:
-        raise InputError(f"argument --target: every row is of class {labels[0]!r}; at least 2 classes are needed")
+        raise InputError(f"argument --target: every row has class {labels[0]!r}; at least 2 classes are needed")
     counts = np.bincount(y)
     rarest = int(counts.argmin())
     if counts[rarest] < MIN_ROWS_PER_CLASS:
         raise InputError(
             f"argument --target: class {labels[rarest]!r} has {_rows(counts[rarest])}; a stratified 60/20/20 split "
-            f"needs at least {MIN_ROWS_PER_CLASS} of each class"
+            f"needs at least {MIN_ROWS_PER_CLASS} rows of each class"
         )
 
 
 def _check_regression(targets: DataFrame) -> None:
     for name, column in targets.items():
         if not _is_numeric(column):
-            raise InputError(f"argument --task: regression needs numbers, and column {name!r} holds {column.iloc[0]!r}")
+            raise InputError(f"argument --task: regression needs numbers, but column {name!r} holds {column.iloc[0]!r}")
     if len(targets) < MIN_ROWS_REGRESSION:
         raise InputError(
-            f"argument --csv: {_rows(len(targets))} with a target; a 60/20/20 split needs at least "
+            f"argument --csv: only {_rows(len(targets))} with a target; a 60/20/20 split needs at least "
             f"{MIN_ROWS_REGRESSION}"
         )
 

@@ -1,0 +1,76 @@
+"""Multilayer perceptrons on fused Triton kernels. A name is imported when it is first used.
+
+import fusemlp
+net = fusemlp.MLP(784, [256, 128], 10)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels.launch import backend, explain
+    from .mlp import (
+        MLP,
+        BatchNorm1d,
+        CrossEntropyLoss,
+        Dropout,
+        Linear,
+        LinearCrossEntropyLoss,
+        LinearReLU,
+        fold_batch_norm,
+        functional,
+    )
+    from .parallel import (
+        ColumnParallelLinear,
+        ColwiseParallel,
+        ParallelMLP,
+        RowParallelLinear,
+        RowwiseParallel,
+        SyncBatchNorm1d,
+        convert_sync_batch_norm,
+        parallelize,
+        vocab_parallel_cross_entropy,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "BatchNorm1d",
+    "ColumnParallelLinear",
+    "ColwiseParallel",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "LinearReLU",
+    "ParallelMLP",
+    "RowParallelLinear",
+    "RowwiseParallel",
+    "SyncBatchNorm1d",
+    "backend",
+    "convert_sync_batch_norm",
+    "explain",
+    "fold_batch_norm",
+    "functional",
+    "parallelize",
+    "vocab_parallel_cross_entropy",
+]
+
+_PARALLEL = (
+    *("ColumnParallelLinear", "ColwiseParallel", "ParallelMLP", "RowParallelLinear", "RowwiseParallel"),
+    *("SyncBatchNorm1d", "convert_sync_batch_norm", "parallelize", "vocab_parallel_cross_entropy"),
+)
+_MODULES = dict.fromkeys(__all__, ".mlp") | dict.fromkeys(_PARALLEL, ".parallel")
+_MODULES |= dict.fromkeys(("backend", "explain"), ".kernels.launch")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(_MODULES[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

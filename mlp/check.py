@@ -1,0 +1,209 @@
+"""Checks of arguments: each raises an error that names the argument, what was given and what is allowed."""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from .layer import Layer, Norm
+from .loss_options import LossOptions
+from .reference import ACTIVATIONS
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    """Raise TypeError for anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {type(value).__name__}; must be a torch.Tensor")
+
+
+def check_device(name: str, t: Tensor, like: Tensor) -> None:
+    """Raise ValueError for a tensor that is not on input's device."""
+    if t.device != like.device:
+        raise ValueError(f"{name}: on {t.device}; must be on input's device, {like.device}")
+
+
+def check_dtype(input: Tensor) -> None:
+    """Raise TypeError for an input of a dtype that no kernel computes in."""
+    if input.dtype not in FLOATING:
+        raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError for a value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ValueError for a name that is no activation's."""
+    check_choice("activation", activation, ACTIVATION_NAMES)
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raise ValueError for a number outside [0, 1]."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: {p}; must be between 0 and 1")
+
+
+def check_widths(in_features: Any, hidden_features: Any, out_features: Any) -> None:
+    """Raise TypeError or ValueError for widths of a net that are not positive integers."""
+    if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
+        raise TypeError(f"hidden_features: {hidden_features!r}; must be a sequence of widths, such as [64, 64]")
+    widths = {"in_features": [in_features], "hidden_features": hidden_features, "out_features": [out_features]}
+    for name, given in widths.items():
+        for width in given:
+            if not isinstance(width, SupportsIndex):
+                raise TypeError(f"{name}: {width!r}; every width must be an int")
+            if index(width) < 1:
+                raise ValueError(f"{name}: {width}; every width must be at least 1")
+
+
+def check_layer_tensors(input: Any, layers: Sequence[Layer]) -> None:
+    """Raise TypeError unless input, weights and biases are tensors; a bias may be None."""
+    check_is_tensor("input", input)
+    for layer in layers:
+        check_is_tensor("weight", layer.weight)
+        if layer.bias is not None:
+            check_is_tensor("bias", layer.bias)
+
+
+def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
+    """Raise an error for layers that cannot be computed one after the other.
+
+    Args:
+        input: (*, in_features) of the first layer.
+        layers: each with a weight (out_features, in_features) and a bias (out_features,) or None, all of input's
+            floating dtype and device.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, device or activation.
+    """
+    check_dtype(input)
+    features = input.shape[-1] if input.dim() else None
+    for layer in layers:
+        check_activation(layer.activation)
+        weight, bias = layer.weight, layer.bias
+        if weight.dim() != 2:
+            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (out_features, in_features)")
+        if features != weight.shape[1]:
+            raise ValueError(
+                f"input: shape {tuple(input.shape)}; a weight of shape {tuple(weight.shape)} takes "
+                f"in_features = {weight.shape[1]}, and gets {features}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: shape {tuple(bias.shape)}; expected (out_features,) = ({weight.shape[0]},)")
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            if parameter is None:
+                continue
+            if parameter.dtype != input.dtype:
+                raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} (see torch.autocast)")
+            check_device(name, parameter, input)
+        features = weight.shape[0]
+        if layer.norm is not None:
+            check_norm_parameters(layer.norm, features, len(input), input)
+
+
+def check_norm(input: Any, norm: Norm | None, activation: str | None) -> None:
+    """Raise an error for an input that batch normalisation and an activation cannot take.
+
+    Args:
+        input: (N, C, *), of a floating dtype; without a norm, of any shape.
+        norm: see `check_norm_parameters`; None if nothing is normalised.
+        activation: name of an activation, or None.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or activation; one value for each channel in training.
+    """
+    check_is_tensor("input", input)
+    check_dtype(input)
+    check_activation(activation)
+    if norm is None or input.numel() == 0:  # PyTorch serves and checks an empty input
+        return
+    if input.dim() < 2:
+        raise ValueError(f"input: shape {tuple(input.shape)}; expected (N, C, *)")
+    check_norm_parameters(norm, input.shape[1], input.numel() // max(1, input.shape[1]), input)
+
+
+def check_norm_parameters(norm: Norm, channels: int, values: int, like: Tensor) -> None:
+    """Raise an error for a norm that does not fit its input.
+
+    Args:
+        norm: parameters and running averages (C,) or None, of input's dtype or, beside a 16-bit one, of float32.
+        channels: C.
+        values: how many values the input has in each channel.
+        like: a tensor of input's dtype and device.
+    """
+    absent = norm.running_mean is None
+    if absent != (norm.running_var is None) or (absent and not norm.batch_stats):
+        missing = "running_mean" if absent else "running_var"
+        raise ValueError(f"{missing}: None; without training both running_mean and running_var are needed, else none")
+    if norm.batch_stats and channels and values == 1:
+        raise ValueError("input: expected more than 1 value per channel when training")
+    if norm.batch_stats and norm.momentum is None and norm.batches is None and norm.running_mean is not None:
+        raise TypeError("momentum: None; must be a number where no batches are counted")
+    allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        given = getattr(norm, name)
+        if given is None:
+            continue
+        check_is_tensor(name, given)
+        if given.shape != (channels,):
+            raise ValueError(f"{name}: shape {tuple(given.shape)}; expected (C,) = ({channels},)")
+        if given.dtype not in allowed:
+            raise TypeError(f"{name}: dtype {given.dtype}; allowed are {', '.join(sorted(map(str, allowed)))}")
+        check_device(name, given, like)
+
+
+def check_loss(input: Any, target: Any, weight: Any, options: LossOptions) -> None:
+    """Raise an error for arguments of a cross-entropy that do not fit together.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype.
+        target: class indices of input's shape without C, or probabilities of input's shape.
+        weight: (C,) or None.
+        options: reduction, label_smoothing and ignore_index.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or option.
+    """
+    check_is_tensor("input", input)
+    check_is_tensor("target", target)
+    check_device("target", target, input)
+    if weight is not None:
+        check_is_tensor("weight", weight)
+        check_device("weight", weight, input)
+    if not input.is_floating_point():
+        raise TypeError(f"input: dtype {input.dtype}; must be a floating one")
+    if input.dim() == 0:
+        raise ValueError("input: shape (); expected (C,), (N, C) or (N, C, d1, ...)")
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    without_classes = () if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(f"target: shape {tuple(target.shape)}; probabilities need input's, {tuple(input.shape)}")
+        if options.ignore_index >= 0:
+            raise ValueError(f"ignore_index: {options.ignore_index}; class probabilities cannot be ignored")
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target: dtype {target.dtype}; allowed are int64, uint8 and, for probabilities, floating ones")
+    elif target.shape != without_classes:
+        raise ValueError(f"target: shape {tuple(target.shape)}; class indices of this input need {without_classes}")
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({classes},)")
+    check_choice("reduction", options.reduction, REDUCTIONS)
+    check_probability("label_smoothing", options.label_smoothing)
+
+
+def check_indices(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raise IndexError for a class index out of range. Waits for the device."""
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel():
+        raise IndexError(f"target: {wrong[0].item()}; class indices go from 0 to {classes - 1}")

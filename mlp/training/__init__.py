@@ -1,0 +1,1 @@
+"""The training command: options, data, training loop, checkpoints and reports."""

@@ -1,0 +1,9 @@
+"""Errors that the training command reports in one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """An option or input file is invalid. The message names the option, the value given and the values allowed."""
+
+
+class Diverged(RuntimeError):
+    """The loss became infinite or NaN. The message names the step and the layer where this began."""

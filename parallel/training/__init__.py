@@ -1,0 +1,1 @@
+"""The training command on several ranks (processes)."""

@@ -1,0 +1,201 @@
+"""The command `torchrun -m fusemlp.parallel`: train on several ranks, resume after a failure, report lost ranks."""
+# pyright: reportPrivateImportUsage=false
+
+import os
+import signal
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ...mlp.training.checkpoint import load_checkpoint
+from ...mlp.training.command import console, fit, introduce, verify
+from ...mlp.training.data import Data, load_data
+from ...mlp.training.errors import Diverged, InputError
+from ...mlp.training.options import Options, configuration, count, make_parser, parse_options
+from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
+from ...mlp.training.train import Training
+from ..collectives import Ranks
+from ..handshake import check_alike
+from .lost_ranks import enlist, lost_ranks
+from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
+
+PROG = "fusemlp.parallel"
+
+
+def make_degrees_parser() -> ArgumentParser:
+    """Make the parser of the options that exist only on several ranks."""
+    parser = ArgumentParser(prog=f"torchrun -m {PROG}", add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("ranks", "torchrun must start T * D * P ranks")
+    group.add_argument("--tp", type=count, metavar="T", default=1, help="tensor-parallel ranks, which split layers (1)")
+    group.add_argument(
+        "--dp", type=count, metavar="D", help="data-parallel ranks, which split batches (all ranks / (T * P))"
+    )
+    group.add_argument("--pp", type=count, metavar="P", default=1, help="pipeline stages (1)")
+    group.add_argument("--schedule-pp", choices=SCHEDULES, default="1f1b", help="pipeline schedule (1f1b)")
+    group.add_argument(
+        "--timeout", type=count, metavar="S", default=300, help="seconds that a rank waits for the others (300)"
+    )
+    group.add_argument("--uneven", action="store_true", help="allow layer widths that are not multiples of T")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the training command on this rank.
+
+    Args:
+        argv: Command-line arguments without the program name; None means `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0 if the run succeeded, 1 if training diverged, a rank was lost or the kernels differ from
+        PyTorch, 2 if an option or an input file is invalid.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(make_degrees_parser().format_help())
+        make_parser().print_help()
+        return 0
+    try:
+        return run(argv)
+    except ValueError as error:
+        speak(f"{PROG}: error: {error}")
+        return 2
+    except Diverged as error:
+        speak(f"{PROG}: stopped: {error}")
+        return 1
+    except RuntimeError as error:
+        # torchrun sends SIGTERM to all ranks when one fails. Ignore it, so that this rank can report lost ranks first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        rank = os.environ.get("RANK")
+        lost = [f"rank {each} is lost" for each in lost_ranks()] if dist.is_initialized() else []
+        print(f"{PROG}: rank {rank} stopped: {'; '.join([*lost, str(error)])}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def speak(message: str) -> None:
+    """Print an error that occurs on every rank, once, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    else:
+        # torchrun ends all ranks as soon as one exits, so the other ranks give rank 0 time to print.
+        time.sleep(1)
+
+
+def make_mesh(degrees: Namespace, options: Options, data: Data, device_type: str) -> DeviceMesh:
+    """Initialise the process group and arrange the ranks that torchrun started in a mesh.
+
+    Args:
+        degrees: Parsed options of `make_degrees_parser`.
+        options: Training options.
+        data: The prepared data set.
+        device_type: "cuda" or "cpu".
+
+    Returns:
+        A mesh with the dimensions ("pp", "dp", "tp").
+
+    Raises:
+        InputError: If the process was not started by torchrun, or the number of ranks is not T * D * P.
+        ValueError: If options or data differ between the ranks.
+    """
+    if "RANK" not in os.environ:
+        raise InputError("this process is not a rank: start with torchrun --nproc-per-node N -m fusemlp.parallel ...")
+    world = int(os.environ["WORLD_SIZE"])
+    dp = degrees.dp or max(1, world // (degrees.tp * degrees.pp))
+    asked = degrees.tp * dp * degrees.pp
+    if asked != world:
+        given = f"--tp {degrees.tp} x --dp {dp} x --pp {degrees.pp}"
+        raise InputError(f"argument --nproc-per-node: {world} ranks were started, but {given} needs {asked}")
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=degrees.timeout)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun may reuse its store after a restart. A prefix for each start hides addresses of ranks that have ended.
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    enlist()
+    asked_for = vars(degrees) | configuration(options)
+    facts = {f"argument --{name.replace('_', '-')}": value for name, value in asked_for.items()}
+    check_alike(Ranks.world(), device_type, data=data.fingerprint(), **facts)
+    return init_device_mesh(device_type, (degrees.pp, dp, degrees.tp), mesh_dim_names=("pp", "dp", "tp"))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what `main` does, but let exceptions pass and leave the process group open."""
+    degrees, rest = make_degrees_parser().parse_known_args(argv)
+    options = parse_options(rest)
+    resuming = options.resume or (restarts() and options.out is not None and (Path(options.out) / POINTER).exists())
+    if resuming:
+        saved = load_checkpoint(last_checkpoint(Path(str(options.out))) / PROGRESS)
+        options = parse_options(rest, saved["options"])
+    torch.set_num_threads(options.threads or 1)
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    device_type = "cuda" if options.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    mesh = make_mesh(degrees, options, data, device_type)
+    folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    training = ParallelTraining(options, data, folder, mesh, degrees.uneven, degrees.schedule_pp)
+    first = dist.get_rank() == 0
+    if resuming:
+        training.resume()
+    else:
+        prepare(folder, options.overwrite or restarts() > 0)
+    if first:
+        write_json(folder / CONFIG, configuration(options))
+        introduce(training)
+        sizes = zip(("pipeline", "data", "tensor"), mesh.shape, strict=True)
+        console.print(f"on {' x '.join(f'{size} ({name})' for name, size in sizes)} ranks")
+        fit(training)
+    else:
+        training.fit(lambda _: None)
+    return report(training) if first else 0
+
+
+def restarts() -> int:
+    """The number of times torchrun has restarted the ranks."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def agreed(value: Any) -> Any:
+    """Broadcast rank 0's value to every rank. The value must be picklable."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def prepare(folder: Path, overwrite: bool) -> None:
+    """Create the folder of the run on rank 0. If that fails, every rank raises the same InputError."""
+    refused = None
+    if dist.get_rank() == 0:
+        try:
+            prepare_folder(folder, overwrite)
+        except InputError as error:
+            refused = str(error)
+    refused = agreed(refused)
+    if refused is not None:
+        raise InputError(refused)
+
+
+def report(training: ParallelTraining) -> int:
+    """Load the best weights into an unsplit model, test it and write the report. Only rank 0 calls this.
+
+    Returns:
+        The exit status: 1 if the kernels differ from PyTorch, else 0.
+    """
+    alone = Training(training.options, training.data, training.folder)
+    alone.history, alone.epoch, alone.best_epoch = training.history, training.epoch, training.best_epoch
+    metrics, plots = write_report(alone)
+    console.print(metrics_table(metrics, f"{alone.data.name}: test split, weights of epoch {alone.best_epoch}"))
+    status = verify(alone)
+    console.print(
+        f"wrote {alone.folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}"
+    )
+    return status
