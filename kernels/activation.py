@@ -165,19 +165,21 @@ class Activation:
 
 
 class Functions(NamedTuple):
-    """Device functions that an epilogue or a pass calls. Kernels take it as a constexpr.
+    """What an epilogue or a pass calls, all known at compile time. Kernels take it as a constexpr.
 
     Attributes:
         act: act(preact), the activation.
         active: active(preact), the boolean that the derivative depends on.
         dact: dact(grad, saved), grad times the derivative, computed from what forward keeps.
         dact_at: dact_at(grad, preact, FNS), the same computed from the preactivation.
+        stored_dtype: Triton dtype to which `epilogue.bias_moments` rounds before it computes the moments.
     """
 
     act: Any = None
     active: Any = None
     dact: Any = None
     dact_at: Any = None
+    stored_dtype: Any = None
 
 
 @triton.jit

@@ -70,10 +70,9 @@ class SavedArgs(NamedTuple):
 
 
 class BiasMomentsArgs(NamedTuple):
-    """Arguments of `bias_moments`. stored: the GEMM's output, to whose dtype values are rounded before the moments."""
+    """Arguments of `bias_moments`."""
 
     bias: Tensor | None
-    stored: Tensor
     partial: Tensor | None = None
 
 
@@ -223,7 +222,7 @@ def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.const
 @triton.jit
 def _bias_moments_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
-    stored = rounded(preact, args.stored.dtype.element_ty)
+    stored = rounded(preact, FNS.stored_dtype)
     mean, m2 = tile_moments(stored, tl.minimum(M - row, BLOCK_M), BLOCK_M)
     store_partial(args.partial, mean, m2, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
     return preact

@@ -38,7 +38,7 @@ from .epilogue import (
     dnorm,
 )
 from .gemm import IDENTITY, Unreduced, gemm
-from .tile import load_tile, store_tile, triton_acc_dtype
+from .tile import TRITON_DTYPES, load_tile, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -124,7 +124,8 @@ def linear_fwd_moments(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, 
         arguments of `moments.merge_partial_moments`.
     """
     z = x.new_empty(x.shape[0], w.shape[0])
-    epilogue = Epilogue(bias_moments, BiasMomentsArgs(b, z), heavy=True, column_sums=True)
+    fns = Functions(stored_dtype=TRITON_DTYPES[z.dtype])
+    epilogue = Epilogue(bias_moments, BiasMomentsArgs(b), fns, heavy=True, column_sums=True)
     sums = gemm("linear_fwd", x, w.t(), z, epilogue)
     assert sums is not None
     return z, *sums

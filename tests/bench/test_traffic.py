@@ -10,9 +10,9 @@ from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import LOSSES, NETS, QUICK_NETS, LossCase, NetCase
 from fusemlp.bench.traffic import AtenTraffic, Ceilings, count_eager, count_floor, count_fusemlp
 from fusemlp.kernels import cost
-from fusemlp.kernels.batch_norm import batch_norm_fwd, merge_grad_sums
+from fusemlp.kernels.batch_norm import NormArgs, batch_norm_fwd, merge_grad_sums
 from fusemlp.kernels.cost import Launch
-from fusemlp.kernels.dropout import dropout
+from fusemlp.kernels.dropout import DropoutArgs, dropout
 from fusemlp.kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -208,7 +208,7 @@ def bf16(*shape):
         pytest.param(lambda: linear_fwd_moments(bf16(13, 37), bf16(50, 37), bf16(50)), id="fwd-moments"),
         pytest.param(lambda: linear_fwd_norm(bf16(13, 37), bf16(50, 37), None, *ones(50), 1e-5, None), id="fwd-norm"),
         pytest.param(
-            lambda: linear_dgrad_norm(bf16(13, 37), bf16(37, 50), bf16(13, 50), (None,) * 5, (None,), "relu"),
+            lambda: linear_dgrad_norm(bf16(13, 37), bf16(37, 50), bf16(13, 50), NormArgs(), DropoutArgs(), "relu"),
             id="dgrad-x",
         ),
         pytest.param(lambda: column_moments(bf16(30, 100), None, None, None, 0.1), id="moments"),
