@@ -45,9 +45,8 @@ from ..kernels.gemm import gemm, plan_gemm
 from ..kernels.linear import (
     activation_bwd,
     linear_dgrad,
-    linear_dgrad_norm,
+    linear_dgrad_dropout,
     linear_fwd,
-    linear_fwd_moments,
     linear_fwd_norm,
     linear_wgrad,
 )
@@ -195,19 +194,13 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         kept = saved(K, entry.saves)
         yield f"linear_dgrad {name}", lambda name=name, kept=kept: linear_dgrad(dz, w, name, kept)
     mean, var, scale, shift = (torch.empty(K) for _ in range(4))
-    norm = NormArgs(mean, var, scale, shift, 1e-5)
     dropout = dropout_args(0.1, torch.empty(1, dtype=torch.int64))
-    yield "linear_fwd moments", lambda: linear_fwd_moments(x, w, bias)
     yield "linear_fwd norm relu", lambda: linear_fwd_norm(x, w, bias, mean, var, scale, shift, 1e-5, "relu")
     for name in NORM_ACTIVATIONS:
-        yield (
-            f"linear_dgrad norm {name} dropout",
-            lambda name=name: linear_dgrad_norm(dz, w, x, norm, dropout, name),
-        )
+        yield f"linear_dgrad {name} dropout", lambda name=name: linear_dgrad_dropout(dz, w, x, dropout, name)
     total = torch.empty(N, K, dtype=dtype)
     add = Epilogue(add_to, AddArgs(total, K), heavy=True)
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
-    yield "linear_dgrad relu dropout", lambda: linear_dgrad_norm(dz, w, x, NormArgs(), dropout, "relu")
 
 
 def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -3,9 +3,9 @@
 `python -m fusemlp.bench products [--out DIR]` gives a row per product, tile and split, in bfloat16 and inside CUDA
 graphs. Its kind tells the pass and what is done with the result before it is stored:
 
-    plain, relu, moments   forward with a bias; and ReLU and its bit mask; and the moments of the columns
-    dgrad, dact            the gradient of the input; times the derivative of the ReLU below
-    wgrad                  the gradient of the weight, and that of the bias
+    plain, relu     forward with a bias; and ReLU and its bit mask
+    dgrad, dact     the gradient of the input; times the derivative of the ReLU below
+    wgrad           the gradient of the weight, and that of the bias
 
 M, N and K are those of the product, (M, K) times (K, N). Beside it stand torch.mm of the same factors, which does
 nothing else, and for relu cuBLASLt's product with bias and ReLU, which keeps no bit mask.
@@ -30,7 +30,7 @@ from ..kernels import config, launch
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import can_describe, plan_gemm
-from ..kernels.linear import linear_dgrad, linear_fwd, linear_fwd_moments, linear_wgrad
+from ..kernels.linear import linear_dgrad, linear_fwd, linear_wgrad
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import add_common_arguments, check_any, print_table, select
 from .race import Row, noting
@@ -42,7 +42,6 @@ from .timing import default_device, measure_graphs, rotation, side_stream
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "plain": lambda a, b, bias, bits: linear_fwd(a, b.t(), bias),
     "relu": lambda a, b, bias, bits: linear_fwd(a, b.t(), bias, "relu", save=True),
-    "moments": lambda a, b, bias, bits: linear_fwd_moments(a, b.t(), bias),
     "dgrad": lambda a, b, bias, bits: linear_dgrad(a, b),
     "dact": lambda a, b, bias, bits: linear_dgrad(a, b, "relu", bits),
     "wgrad": lambda a, b, bias, bits: linear_wgrad(a.t(), b, True),
@@ -78,8 +77,8 @@ def products(cases: Sequence[NetCase]) -> list[Product]:
         rows, layers = case.rows, [*pairwise(case.widths())]
         for number, (fan_in, fan_out) in enumerate(layers):
             every.append(Product("plain", rows, fan_out, fan_in))
-            if number < len(layers) - 1:
-                every.append(Product("moments" if case.batch_norm else "relu", rows, fan_out, fan_in))
+            if number < len(layers) - 1 and not case.batch_norm:
+                every.append(Product("relu", rows, fan_out, fan_in))
             if number > 0:
                 every.append(Product("dgrad", rows, fan_in, fan_out))
                 if not case.batch_norm:
@@ -108,8 +107,6 @@ def variants(product: Product, device: torch.device) -> list[tuple[GemmConfig, i
         (tile, split_k)
         for tile in (*(config.TMA_16BIT if described else ()), *config.POINTER_16BIT)
         if 2 * max(product.M, 16) > tile.BLOCK_M and 2 * max(product.N, 64) > tile.BLOCK_N
-        # The moments of the widest tile would spill.
-        if product.kind != "moments" or tile is not config.WIDEST
         for split_k in _splits(product, tile, device)
     ]
 

@@ -2,9 +2,9 @@
 
 `python -m fusemlp.bench traffic` runs forward and backward of every net and loss on tensors without storage, so nothing
 is computed. fusemlp's launchers plan and report as on an H100 or H200 (132 multiprocessors, TMA). Every PyTorch
-operator that would launch a kernel counts each of its inputs and outputs once. The lower bound, called floor, moves
-each operand of a layer once in forward and once in backward. Times are modelled: a launch takes its bytes divided by
-the bandwidth or its flops divided by the arithmetic rate, whichever is longer.
+operator that would launch a kernel counts each of its inputs and outputs once, or twice if it reads it in two passes.
+The lower bound, called floor, moves each operand of a layer once in forward and once in backward. Times are modelled: a
+launch takes its bytes divided by the bandwidth or its flops divided by the arithmetic rate, whichever is longer.
 """
 
 import argparse
@@ -41,6 +41,8 @@ LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
 NORMALISE_PASSES = 6
 # Operators that read only one element per row of one argument, and the position of that argument. It is not counted.
 GATHERED = {"aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
+# Operators of more than one pass, and the positions of the arguments that they read twice: statistics, then the result.
+READ_TWICE = {"aten.native_batch_norm": (0,), "aten.native_batch_norm_backward": (0, 1)}
 
 
 class AtenTraffic(TorchDispatchMode):
@@ -53,7 +55,8 @@ class AtenTraffic(TorchDispatchMode):
             count_flops = flop_registry.get(func.overloadpacket)
             flops = count_flops(*args, **(kwargs or {}), out_val=result) if count_flops else 0
             read = [each for position, each in enumerate(args) if position != GATHERED.get(name)]
-            tensors = tuple(t for t in tree_leaves((read, kwargs, result)) if isinstance(t, Tensor))
+            again = [args[position] for position in READ_TWICE.get(name, ())]
+            tensors = tuple(t for t in tree_leaves((read, again, kwargs, result)) if isinstance(t, Tensor))
             cost.report(name, flops, tensors)
         return result
 

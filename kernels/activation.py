@@ -35,8 +35,7 @@ def identity_grad(grad, preact, FNS: tl.constexpr):
 
 @triton.jit
 def relu(z):
-    # NaN stays NaN. tl.maximum would return 0 for it on the GPU.
-    return tl.where(z <= 0, 0.0, z)
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def relu_grad(grad, active):
 
 @triton.jit
 def relu6(z):
-    return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+    return tl.clamp(z, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -172,14 +171,12 @@ class Functions(NamedTuple):
         active: active(preact), the boolean that the derivative depends on.
         dact: dact(grad, saved), grad times the derivative, computed from what forward keeps.
         dact_at: dact_at(grad, preact, FNS), the same computed from the preactivation.
-        stored_dtype: Triton dtype to which `epilogue.bias_moments` rounds before it computes the moments.
     """
 
     act: Any = None
     active: Any = None
     dact: Any = None
     dact_at: Any = None
-    stored_dtype: Any = None
 
 
 @triton.jit

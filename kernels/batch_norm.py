@@ -22,8 +22,8 @@ In the last line, mean and var depend on x:
     d xhat_j / d x_i = rstd (1[i = j] - 1 / M - xhat_i xhat_j / M)
     dx_i = sum_j weight du_j (d xhat_j / d x_i)
 
-Sums over rows are computed in two levels. Each range of rows gives a partial sum; a range is a tile's rows where the
-epilogue of a product computes the sums. The partial sums are then added in a fixed order, in float64.
+Sums over rows are computed in two levels. Each range of rows gives a partial sum. The partial sums are then added in a
+fixed order, in float64.
 """
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
@@ -37,9 +37,9 @@ from torch import Tensor
 
 from . import cost, launch
 from .activation import functions_of_preact
-from .config import cdiv, pointwise_block, row_splits
+from .config import REDUCTION, cdiv, pointwise_block, row_splits
 from .dropout import drop, dropout_args
-from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
+from .moments import LOAD_STAGES, MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .tile import load_tile, store_tile, triton_acc_dtype
 
 
@@ -128,17 +128,17 @@ def _grad_sums_kernel(
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    # 2. Add up the tiles of the range. float64 is cheap here: one addition for each column of a tile.
-    du_sum = tl.zeros((BLOCK_N,), tl.float64)
-    du_xhat_sum = tl.zeros((BLOCK_N,), tl.float64)
-    for row in range(begin, end, BLOCK_M):
+    # 2. Add up the range, each thread its own elements.
+    du_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    du_xhat_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    for row in tl.range(begin, end, BLOCK_M, num_stages=LOAD_STAGES):
         dy = load_tile(dy_ptr, row, col, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
-        du_sum += column_sums(du)
-        du_xhat_sum += column_sums(du * xhat)
+        du_sum += du
+        du_xhat_sum += du * xhat
     # 3. Store the two sums of each column.
-    store_partial(partial_ptr, du_sum, du_xhat_sum, split, splits, col, N, BLOCK_N)
+    store_partial(partial_ptr, column_sums(du_sum), column_sums(du_xhat_sum), split, splits, col, N, BLOCK_N)
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def merge_grad_sums(partial: Tensor, weight: Tensor | None, bias: Tensor | None)
         _merge_grad_sums_kernel, cdiv(N, MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, sums, dbias, dweight, N, splits, **MERGE_BLOCK,
     )  # fmt: skip
-    cost.report("batch_norm_merge", 0, (partial, sums, dweight, dbias))
+    cost.report("batch_norm_grad_sums_merge", 0, (partial, sums, dweight, dbias))
     return [sums, *(grad for grad in (dweight, dbias) if grad is not None)]
 
 
@@ -320,7 +320,7 @@ def batch_norm_bwd_sums(
         dy, x, partial, NormArgs(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset=col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
     )  # fmt: skip
     cost.report("batch_norm_grad_sums", 0, (dy, x, seed, mean, var, weight, bias, partial))
     return merge_grad_sums(partial, weight, bias)

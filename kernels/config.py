@@ -127,8 +127,10 @@ def pointwise_block(N: int) -> tuple[int, int]:
     return POINTWISE_ELEMENTS // block_n, block_n
 
 
-# Programs for each multiprocessor in a reduction over rows.
-ROW_SPLITS_PER_SM = 4
+# A program that reduces rows keeps two sums for each element of a tile in registers. These options let a multiprocessor
+# hold two such programs.
+REDUCTION = {"num_warps": 8, "maxnreg": 128}
+ROW_SPLITS_PER_SM = 2
 
 
 def row_splits(M: int, N: int, num_sms: int) -> int:

@@ -22,11 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import Functions
-from .batch_norm import NormArgs, normalize, normalized_grad
+from .batch_norm import NormArgs, normalize
 from .config import cdiv
-from .dropout import DropoutArgs
-from .moments import column_sums, store_partial, tile_moments
-from .tile import cast, rounded, tile_pointers
+from .dropout import DropoutArgs, drop
+from .tile import cast, tile_pointers
 
 
 class Epilogue(NamedTuple):
@@ -37,15 +36,12 @@ class Epilogue(NamedTuple):
         args: its arguments.
         fns: device functions of an activation.
         heavy: whether it needs so many registers that the widest tile would spill.
-        column_sums: whether it stores two results per column of a tile in args.partial, (2, tiles along M, N), which
-            the GEMM allocates.
     """
 
     tile_fn: Any
     args: Any = None
     fns: Functions = Functions()
     heavy: bool = False
-    column_sums: bool = False
 
 
 class BiasArgs(NamedTuple):
@@ -69,13 +65,6 @@ class SavedArgs(NamedTuple):
     stride_saved: int
 
 
-class BiasMomentsArgs(NamedTuple):
-    """Arguments of `bias_moments`."""
-
-    bias: Tensor | None
-    partial: Tensor | None = None
-
-
 class BiasNormArgs(NamedTuple):
     """Arguments of `bias_norm_act`."""
 
@@ -83,14 +72,12 @@ class BiasNormArgs(NamedTuple):
     norm: NormArgs
 
 
-class DnormArgs(NamedTuple):
-    """Arguments of `dnorm`. x: (M, N), the preactivation that the layer below normalised."""
+class DropoutActArgs(NamedTuple):
+    """Arguments of `dact_dropout`. x: (M, N), the preactivation of the layer below."""
 
     x: Tensor
     stride_x: int
-    norm: NormArgs
     dropout: DropoutArgs
-    partial: Tensor | None = None
 
 
 class AddArgs(NamedTuple):
@@ -214,21 +201,6 @@ def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
 
 
 @triton.jit
-def bias_moments(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """product + bias. Mean and sum of squared deviations of the tile's columns are stored in args.partial."""
-    return _in_halves(_bias_moments_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def _bias_moments_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
-    stored = rounded(preact, FNS.stored_dtype)
-    mean, m2 = tile_moments(stored, tl.minimum(M - row, BLOCK_M), BLOCK_M)
-    store_partial(args.partial, mean, m2, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
-    return preact
-
-
-@triton.jit
 def bias_norm_act(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """act(u), where u is the normalised product + bias; see `batch_norm.normalize`."""
     return _in_halves(_bias_norm_act_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
@@ -241,29 +213,16 @@ def _bias_norm_act_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: t
 
 
 @triton.jit
-def dnorm(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The gradient du of the layer below, which normalised x, before it passes the normalisation; see `batch_norm`.
-
-    If there is a normalisation, sums of du and du xhat over the tile's rows are stored in args.partial.
-    """
-    return _in_halves(_dnorm_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
+def dact_dropout(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The product through the dropout and the activation of the layer below, as a gradient goes."""
+    return _in_halves(_dact_dropout_half, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _dnorm_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return _in_halves(_dnorm_quarter, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def _dnorm_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dact_dropout_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ptrs, mask = tile_pointers(args.x, row, col, M, N, args.stride_x, 1, BLOCK_M, BLOCK_N)
     x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
-    du, xhat = normalized_grad(acc, x, args.norm, args.dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
-    if args.partial is not None:
-        stored = rounded(du, args.x.dtype.element_ty)
-        du_sum, du_xhat_sum = column_sums(stored), column_sums(stored * xhat)
-        store_partial(args.partial, du_sum, du_xhat_sum, row // BLOCK_M, tl.cdiv(M, BLOCK_M), col, N, BLOCK_N)
-    return du
+    return FNS.dact_at(drop(acc, args.dropout, row, col, BLOCK_M, BLOCK_N), x, FNS)
 
 
 @triton.jit

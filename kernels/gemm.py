@@ -270,7 +270,7 @@ def gemm(
     epilogue: Epilogue = IDENTITY,
     row_sum: Tensor | None = None,
     unreduced: list[Unreduced] | None = None,
-) -> tuple[Tensor, int] | None:
+) -> None:
     """Compute out = epilogue(a @ b) and, if row_sum is given, row_sum = a @ 1.
 
     Args:
@@ -281,9 +281,6 @@ def gemm(
         epilogue: see `Epilogue`. Only for the identity can K be cut into ranges.
         row_sum: (M,), contiguous, is filled; or None.
         unreduced: takes a product whose K was cut, for a later `reduce_splits`; None: it is reduced at once.
-
-    Returns:
-        The column sums (2, tiles along M, N) of the epilogue and the number of rows of each tile, or None without them.
 
     Raises:
         TypeError: a or b has no memory of its own (see `launch.check_addressable`).
@@ -301,20 +298,16 @@ def gemm(
     if partial is not None:
         out_ptr, row_sum_ptr = partial, None if row_sum is None else partial[:, M * N :]
     block_m, block_n, block_k = plan.block
-    column_sums = None
-    if epilogue.column_sums:
-        column_sums = torch.empty(2, cdiv(M, block_m), N, dtype=plan.acc_dtype, device=a.device)
-    epilogue_args = epilogue.args if column_sums is None else epilogue.args._replace(partial=column_sums)
     launch.launch(
         _gemm_kernel, plan.programs, a.device,
         describe(a, (block_m, block_k)) if plan.tma else a,
         describe(b, (block_k, block_n)) if plan.tma else b,
         describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
-        row_sum_ptr, epilogue_args,
+        row_sum_ptr, epilogue.args,
         M, N, K, *a.stride(), *b.stride(), N if plan.split_k > 1 else out.stride(0), numel,
         **plan.meta,
     )  # fmt: skip
-    side_tensors = [t for t in tree_leaves(epilogue_args) if isinstance(t, Tensor)]
+    side_tensors = [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)]
     results = (out, row_sum) if partial is None else (partial,)
     cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
     if partial is not None:
@@ -323,4 +316,3 @@ def gemm(
             reduce_splits([todo])
         else:
             unreduced.append(todo)
-    return None if column_sums is None else (column_sums, block_m)

@@ -21,24 +21,22 @@ from .config import cdiv
 from .dropout import DropoutArgs
 from .epilogue import (
     BiasArgs,
-    BiasMomentsArgs,
     BiasNormArgs,
     BiasSavingArgs,
-    DnormArgs,
+    DropoutActArgs,
     Epilogue,
     SavedArgs,
     bias_act,
     bias_act_bitmask,
     bias_act_preact,
-    bias_moments,
     bias_norm_act,
     bitmask_width,
     dact_bitmask,
+    dact_dropout,
     dact_saved,
-    dnorm,
 )
 from .gemm import IDENTITY, Unreduced, gemm
-from .tile import TRITON_DTYPES, load_tile, store_tile, triton_acc_dtype
+from .tile import load_tile, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -116,21 +114,6 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
     return outputs
 
 
-def linear_fwd_moments(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """x w^T + b, and partial results for the mean and variance of its columns.
-
-    Returns:
-        x w^T + b (M, N), partial moments (2, tiles along M, N), and the number of rows of each tile. The last two are
-        arguments of `moments.merge_partial_moments`.
-    """
-    z = x.new_empty(x.shape[0], w.shape[0])
-    fns = Functions(stored_dtype=TRITON_DTYPES[z.dtype])
-    epilogue = Epilogue(bias_moments, BiasMomentsArgs(b), fns, heavy=True, column_sums=True)
-    sums = gemm("linear_fwd", x, w.t(), z, epilogue)
-    assert sums is not None
-    return z, *sums
-
-
 def _linear_fwd_norm_outputs(x: Tensor, w: Tensor, *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], w.shape[0])]
 
@@ -164,34 +147,23 @@ def linear_fwd_norm(
     return outputs
 
 
-def linear_dgrad_norm(
-    dz: Tensor,
-    w: Tensor,
-    x: Tensor,
-    norm: NormArgs,
-    dropout: DropoutArgs,
-    activation: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient du = act'(u) dropout'(dz w) of the layer below, which normalised x, and its partial sums.
+def linear_dgrad_dropout(dz: Tensor, w: Tensor, x: Tensor, dropout: DropoutArgs, activation: str | None) -> Tensor:
+    """The gradient act'(x) dropout'(dz w) of the preactivation x of the layer below.
 
     Args:
         dz: (M, N).
         w: (N, K).
-        x: (M, K), the preactivation of the layer below.
-        norm: its normalisation; without a mean, nothing was normalised.
-        dropout: its dropout.
+        x: (M, K).
+        dropout: dropout of the layer below.
         activation: its activation.
 
     Returns:
-        du (M, K), and the sums of du and du xhat over the rows of each tile, (2, tiles along M, K), as
-        `batch_norm.merge_grad_sums` takes them; None if nothing was normalised.
+        A tensor (M, K).
     """
-    du = dz.new_empty(dz.shape[0], w.shape[1])
-    args = DnormArgs(x, x.stride(0), norm, dropout)
-    fns = functions_of_preact(activation)
-    epilogue = Epilogue(dnorm, args, fns, heavy=True, column_sums=norm.mean is not None)
-    sums = gemm("linear_dgrad", dz, w, du, epilogue)
-    return du, None if sums is None else sums[0]
+    dx = dz.new_empty(dz.shape[0], w.shape[1])
+    args = DropoutActArgs(x, x.stride(0), dropout)
+    gemm("linear_dgrad", dz, w, dx, Epilogue(dact_dropout, args, functions_of_preact(activation), heavy=True))
+    return dx
 
 
 def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:

@@ -1,8 +1,7 @@
 """Mean and variance of the columns of an (M, N) matrix, in two levels.
 
-First, each range of rows gives the mean and the sum of squared deviations m2 of each column. A range is a tile's rows
-where the epilogue of a product computes them. Then the ranges are merged in a fixed order, in float64 (Chan et al.
-1979). Of two groups of n1 and n2 rows:
+First, each range of rows gives the mean and the sum of squared deviations m2 of each column. Then the ranges are merged
+in a fixed order, in float64 (Chan et al. 1979). Of two groups of n1 and n2 rows:
 
     n = n1 + n2,   delta = mean2 - mean1
     mean = (n1 mean1 + n2 mean2) / n = mean1 + delta n2 / n
@@ -18,8 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, launch
-from .config import cdiv, pointwise_block, row_splits
+from .config import REDUCTION, cdiv, pointwise_block, row_splits
 from .tile import INTERPRET, acc_dtype, cast, load_tile, triton_acc_dtype
+
+# Steps ahead of which a reduction over rows loads its tiles.
+LOAD_STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -29,19 +31,6 @@ def column_sums(x):
         # The interpreter adds row after row, which has a larger rounding error than the tree of a GPU.
         x = x.to(tl.float64)
     return tl.sum(x, axis=0).to(tl.float64)
-
-
-@triton.jit
-def tile_moments(x, count, BLOCK_M: tl.constexpr):
-    """Mean and sum of squared deviations of the first `count` rows of a tile, [BLOCK_N] each, in float64."""
-    # 1. Compute the mean, rounded to x's dtype, and the deviations d from it.
-    inside = (tl.arange(0, BLOCK_M) < count)[:, None]
-    mean = column_sums(tl.where(inside, x, 0.0)).to(x.dtype) / count.to(x.dtype)
-    deviation = tl.where(inside, x - mean[None, :], 0.0)
-    # 2. Correct for the rounding: with r = sum d / n, the mean is larger by r, and sum (d - r)^2 = sum d^2 - n r^2.
-    n = count.to(tl.float64)
-    residual = column_sums(deviation) / n
-    return mean.to(tl.float64) + residual, column_sums(deviation * deviation) - n * residual * residual
 
 
 @triton.jit
@@ -57,22 +46,32 @@ def _moments_kernel(
     x_ptr, partial_ptr, M, N, splits, rows_per_split, stride_xm, stride_xn,
     ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of one range of rows, stored in partial (2, splits, N)."""
+    """Mean and sum of squared deviations m2 of one range of rows, stored in partial (2, splits, N)."""
     # 1. Find the range of rows and the columns of this program.
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles_n
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    n = tl.zeros((BLOCK_N,), tl.float64)
-    mean = tl.zeros((BLOCK_N,), tl.float64)
-    m2 = tl.zeros((BLOCK_N,), tl.float64)
-    # 2. Compute the moments of each tile and merge them in order.
-    for row in range(begin, end, BLOCK_M):
+    # 2. Take a pivot near the mean: the mean of the first rows. Deviations from it keep their leading digits when they
+    #    are squared, however large the mean is.
+    x = load_tile(x_ptr, begin, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
+    pivot = column_sums(x) / tl.minimum(end - begin, BLOCK_M)
+    shift = pivot.to(ACC_DTYPE)[None, :]
+    # 3. Add up the deviations and their squares, each thread its own elements.
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    square = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    for row in tl.range(begin, end, BLOCK_M, num_stages=LOAD_STAGES):
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-        count = tl.minimum(end - row, BLOCK_M)
-        tile_mean, tile_m2 = tile_moments(x, count, BLOCK_M)
-        n, mean, m2 = merge_moments(n, mean, m2, count.to(tl.float64), tile_mean, tile_m2)
+        deviation = tl.where((row + tl.arange(0, BLOCK_M) < end)[:, None], x - shift, 0.0)
+        total += deviation
+        square += deviation * deviation
+    # 4. With r = sum d / n, the mean is the pivot plus r, and m2 = sum (d - r)^2 = sum d^2 - n r^2.
+    n = (end - begin).to(tl.float64)
+    residual = column_sums(total) / n
+    mean = shift.to(tl.float64).reshape(BLOCK_N) + residual
+    m2 = column_sums(square) - n * residual * residual
+    m2 = tl.where(m2 < 0, 0.0, m2)
     store_partial(partial_ptr, mean, m2, split, splits, col, N, BLOCK_N)
 
 
@@ -144,7 +143,7 @@ def _move_average(running_ptr, new, share, offs_n, mask):
 
 
 # Ranges and columns that a program merges at once.
-MERGE_BLOCK = {"BLOCK_S": 64, "BLOCK_N": 32}
+MERGE_BLOCK = {"BLOCK_S": 128, "BLOCK_N": 8}
 
 
 def merge_partial_moments(
@@ -155,7 +154,7 @@ def merge_partial_moments(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Mean and variance of the columns of a matrix, merged from those of ranges of its rows.
 
@@ -167,7 +166,7 @@ def merge_partial_moments(
         batches: () int64, the number of batches so far, or None. With a momentum it is incremented. Without one the
             caller has incremented it.
         momentum: share of this batch in the running averages; None: 1 / batches, the average of all batches.
-        dtype: of the results; None: partial's.
+        dtype: of the results.
 
     Returns:
         [mean, var], (N,) each; var is the biased variance.
@@ -180,7 +179,7 @@ def merge_partial_moments(
         rows, N, splits, rows_per_split, momentum or 0.0, CUMULATIVE=momentum is None, **MERGE_BLOCK,
     )  # fmt: skip
     averages = (running_mean, running_var) * 2
-    cost.report("batch_norm_merge", 0, (partial, mean, var, *averages))
+    cost.report("batch_norm_moments_merge", 0, (partial, mean, var, *averages))
     return [mean, var]
 
 
@@ -229,7 +228,7 @@ def column_moments(
     launch.launch(
         _moments_kernel, splits * cdiv(N, block_n), x.device,
         x, partial, M, N, splits, rows_per_split, *x.stride(),
-        ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
+        ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
     )  # fmt: skip
     cost.report("batch_norm_moments", 0, (x, partial))
     mean_dtype = dtype or acc_dtype(x.dtype)

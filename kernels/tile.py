@@ -70,12 +70,6 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x after it has been stored in the dtype and loaded again."""
-    return cast(x, dtype).to(x.dtype)
-
-
-@triton.jit
 def load_tile(
     src, row, col, rows, cols, stride_row, stride_col,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, ROW_MAJOR: tl.constexpr,

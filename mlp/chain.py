@@ -32,21 +32,19 @@ if launch.HAS_TRITON:
         batch_norm_bwd,
         batch_norm_bwd_sums,
         batch_norm_fwd,
-        merge_grad_sums,
     )
     from ..kernels.dropout import dropout_args
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.linear import (
         activation_bwd,
         linear_dgrad,
-        linear_dgrad_norm,
+        linear_dgrad_dropout,
         linear_fwd,
-        linear_fwd_moments,
         linear_fwd_norm,
         linear_wgrad,
         linear_wgrad_unreduced,
     )
-    from ..kernels.moments import merge_partial_moments
+    from ..kernels.moments import column_moments
     from ..kernels.random import draw_seeds
 
 
@@ -85,19 +83,15 @@ def _forward_plain(input: Tensor, layer: Layer, save: bool) -> Kept:
 def _forward_block(input: Tensor, layer: Layer, seed: Tensor | None, save: bool) -> Kept:
     norm = layer.norm
     mean = var = None
+    if norm is not None and not norm.batch_stats:
+        mean, var = norm.running_mean, norm.running_var
+        if not save and seed is None:
+            args = NormArgs(mean, var, norm.weight, norm.bias, norm.eps)
+            return Kept(*linear_fwd_norm(input, layer.weight, layer.bias, *args, layer.activation))
+    (preact,) = linear_fwd(input, layer.weight, layer.bias)
     if norm is not None and norm.batch_stats:
         count_cumulative_batch(norm)
-        preact, partial, rows = linear_fwd_moments(input, layer.weight, layer.bias)
-        mean, var = merge_partial_moments(
-            partial, len(input), rows, norm.running_mean, norm.running_var, norm.batches, norm.momentum
-        )
-    else:
-        if norm is not None:
-            mean, var = norm.running_mean, norm.running_var
-            if not save and seed is None:
-                args = NormArgs(mean, var, norm.weight, norm.bias, norm.eps)
-                return Kept(*linear_fwd_norm(input, layer.weight, layer.bias, *args, layer.activation))
-        (preact,) = linear_fwd(input, layer.weight, layer.bias)
+        mean, var = column_moments(preact, norm.running_mean, norm.running_var, norm.batches, norm.momentum)
     kept = Kept(None, preact, mean, var, seed)
     return kept._replace(postact=_block_output(layer, kept))
 
@@ -139,46 +133,31 @@ def _backward_top(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
     """From the gradient of the chain's output to that of the last layer's Z."""
     if layer.plain:
         return Grads(grad if layer.activation is None else activation_bwd(grad, layer.activation, kept.preact)[0])
-    block = layer.activation, layer.p, kept.seed, layer.offset
-    sums = None
-    if layer.norm is not None:
-        sums = batch_norm_bwd_sums(grad, kept.preact, *_norm_args(layer, kept), *block)
-    return _through_norm(layer, kept, grad, sums, *block)
+    return _through_block(layer, kept, grad)
 
 
 def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Grads:
     """From the gradient of a layer's Z to that of the layer below it."""
     if below.plain:
         return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
-    norm, dropout = _norm_args(below, kept), dropout_args(below.p, kept.seed, col_offset=below.offset)
-    du, partial = linear_dgrad_norm(dz, weight, kept.preact, norm, dropout, below.activation)
     if below.norm is None:
-        return Grads(du)
-    return _through_norm(below, kept, du, merge_grad_sums(partial, below.norm.weight, below.norm.bias))
+        dropout = dropout_args(below.p, kept.seed, col_offset=below.offset)
+        return Grads(linear_dgrad_dropout(dz, weight, kept.preact, dropout, below.activation))
+    return _through_block(below, kept, *linear_dgrad(dz, weight))
 
 
-def _through_norm(
-    layer: Layer,
-    kept: Kept,
-    grad: Tensor,
-    sums: list[Tensor] | None,
-    activation: str | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    offset: int = 0,
-) -> Grads:
-    """Gradients of Z and of the normalisation's parameters.
-
-    grad: a gradient that has yet to go through the given activation and dropout, and then through the normalisation.
-    sums: of `merge_grad_sums`.
-    """
-    norm = layer.norm
-    total, *found = sums or [None]
-    batch_total = total if norm is not None and norm.batch_stats else None
-    (dz,) = batch_norm_bwd(grad, kept.preact, *_norm_args(layer, kept), batch_total, activation, p, seed, offset)
-    params = iter(found)
-    dweight = next(params) if norm is not None and norm.weight is not None else None
-    dbias = next(params) if norm is not None and norm.bias is not None else None
+def _through_block(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
+    """From the gradient of a layer's output to that of its Z and of the parameters of its normalisation."""
+    norm, args = layer.norm, _norm_args(layer, kept)
+    block = layer.activation, layer.p, kept.seed, layer.offset
+    sums = dweight = dbias = None
+    if norm is not None:
+        sums, *found = batch_norm_bwd_sums(grad, kept.preact, *args, *block)
+        params = iter(found)
+        dweight = next(params) if norm.weight is not None else None
+        dbias = next(params) if norm.bias is not None else None
+    batch_sums = sums if norm is not None and norm.batch_stats else None
+    (dz,) = batch_norm_bwd(grad, kept.preact, *args, batch_sums, *block)
     return Grads(dz, dweight, dbias)
 
 

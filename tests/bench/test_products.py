@@ -26,12 +26,11 @@ FORWARD = [("plain", 100, 50, 30), ("plain", 100, 40, 50), ("plain", 100, 10, 40
 DGRAD = [("dgrad", 100, 50, 40), ("dgrad", 100, 40, 10)]
 WGRAD = [("wgrad", 50, 30, 100), ("wgrad", 40, 50, 100), ("wgrad", 10, 40, 100)]
 RELU = [("relu", 100, 50, 30), ("relu", 100, 40, 50), ("dact", 100, 50, 40), ("dact", 100, 40, 10)]
-MOMENTS = [("moments", 100, 50, 30), ("moments", 100, 40, 50)]
 
 
 @pytest.mark.parametrize(
     ("batch_norm", "expected"),
-    [(False, [*FORWARD, *DGRAD, *WGRAD, *RELU]), (True, [*FORWARD, *DGRAD, *WGRAD, *MOMENTS])],
+    [(False, [*FORWARD, *DGRAD, *WGRAD, *RELU]), (True, [*FORWARD, *DGRAD, *WGRAD])],
     ids=["ReLU", "batch norm"],
 )
 def test_every_layer_in_every_pass(batch_norm, expected):
@@ -48,7 +47,6 @@ TMA = ["128x256x64", "128x128x64", "64x128x64"]
 POINTER = ["128x128x32", "64x64x64", "16x64x128"]
 FITTING = {
     "all": (Product("plain", 4096, 4096, 4096), [*TMA, *POINTER]),
-    "moments without the widest": (Product("moments", 4096, 4096, 4096), [*TMA[1:], *POINTER]),
     "narrow": (Product("plain", 4096, 64, 64), POINTER[1:]),
     "few rows": (Product("plain", 8, 4096, 4096), POINTER[2:]),
     "rows of 26 bytes": (Product("plain", 4096, 4096, 13), POINTER),
@@ -108,7 +106,6 @@ def unpacked(bits, columns):
 EXPECTED = {
     "plain": lambda a, b, bias, bits: a @ b + bias,
     "relu": lambda a, b, bias, bits: (a @ b + bias).relu(),
-    "moments": lambda a, b, bias, bits: a @ b + bias,
     "dgrad": lambda a, b, bias, bits: a @ b,
     "dact": lambda a, b, bias, bits: (a @ b) * unpacked(bits, b.shape[1]),
     "wgrad": lambda a, b, bias, bits: a @ b,

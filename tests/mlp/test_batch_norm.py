@@ -186,7 +186,7 @@ def test_dropout_in_the_block_is_dropout_of_its_result(kernels, device):
 
 
 FROZEN = {
-    "input": ((0,), ["batch_norm_grad_sums", "batch_norm_merge"]),
+    "input": ((0,), ["batch_norm_grad_sums", "batch_norm_grad_sums_merge"]),
     "parameters": ((1, 2), ["batch_norm_bwd"]),
 }
 
@@ -206,8 +206,8 @@ def test_passes_over_the_activations(kernels, device):
     with cost.ledger() as ledger:
         block(x, None, None, None, None, "relu", 0.3, True).sum().backward()
     assert [each.name for each in ledger.launches] == [
-        *("batch_norm_moments", "batch_norm_merge", "batch_norm_fwd"),
-        *("batch_norm_grad_sums", "batch_norm_merge", "batch_norm_bwd"),
+        *("batch_norm_moments", "batch_norm_moments_merge", "batch_norm_fwd"),
+        *("batch_norm_grad_sums", "batch_norm_grad_sums_merge", "batch_norm_bwd"),
     ]
     # Reads for statistics; reads and writes; reads two for sums; reads two and writes.
     assert ledger.bytes == pytest.approx((1 + 2 + 2 + 3) * 4 * x.numel(), rel=0.15)
