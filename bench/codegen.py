@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import config, launch
+from ..kernels import config, dispatch, launch
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.batch_norm import (
     NormArgs,
@@ -199,7 +199,7 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in NORM_ACTIVATIONS:
         yield f"linear_dgrad {name} dropout", lambda name=name: linear_dgrad_dropout(dz, w, x, dropout, name)
     total = torch.empty(N, K, dtype=dtype)
-    add = Epilogue(add_to, AddArgs(total, K), heavy=True)
+    add = Epilogue(add_to, AddArgs(total), heavy=True)
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
 
 
@@ -268,8 +268,8 @@ class NeverChosen(Exception):
     """The launch never uses this configuration."""
 
 
-def choose(entry: GemmConfig, splits: int, *_: int, heavy_epilogue: bool, **__: Any) -> tuple[GemmConfig, int]:
-    """Replaces `config.select_gemm` to force a configuration. Raises NeverChosen if the launch would never use it."""
+def choose(entry: GemmConfig, splits: int, *_: Any, heavy_epilogue: bool, **__: Any) -> tuple[GemmConfig, int]:
+    """Replaces `dispatch.select_gemm` to force a configuration. Raises NeverChosen if the launch would never use it."""
     if heavy_epilogue and entry is config.WIDEST:
         raise NeverChosen
     return entry, splits
@@ -289,7 +289,9 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
     driver.set_active(StubDriver(arch))  # pyright: ignore[reportArgumentType]
     compiled: list[Any] = []
 
-    def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+    def compile_only(
+        kernel: Any, programs: int, device: torch.device, *args: Any, key: Any = None, **meta: Any
+    ) -> None:
         compiled.append(kernel.warmup(*args, grid=(programs, 1, 1), **meta))
 
     def compiled_by(call: Callable[[], Any], case: str) -> Iterator[Resources]:
@@ -306,7 +308,7 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
             tile = tile_name(precision, entry)
             for name, call in gemm_cases(dtype):
                 for split_k in (1, 4) if name in SPLIT else (1,):
-                    with patch.object(config, "select_gemm", partial(choose, entry, split_k)):
+                    with patch.object(dispatch, "select_gemm", partial(choose, entry, split_k)):
                         yield from compiled_by(call, f"{name} {tile} split {split_k}")
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for case, call in pass_cases(dtype):

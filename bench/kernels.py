@@ -1,8 +1,8 @@
-"""Which kernels a training step runs, and how long each takes, ours and the competitors'.
+"""List the kernels of a training step and the time of each, for fusemlp and its competitors.
 
-`python -m fusemlp.bench kernels [--out DIR]` gives a row per kernel, copies among them, in the order in which they run:
-of a training step of each net, and of forward and backward of each operation. They run eagerly, each on what the one
-before it has left in the L2 cache.
+`python -m fusemlp.bench kernels [--out DIR]` prints a row for each kernel or copy, in the order in which they run, of a
+training step of each net and of forward and backward of each operation. They run eagerly, and the L2 cache is not
+overwritten between them.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from .race import Maker, Row, noting
 from .results import write_table
 from .timing import WARM_UPS, default_device
 
-# The template arguments of a C++ kernel can fill a page.
+# Longer names are cut. The template arguments of a C++ kernel can fill a page.
 NAME_LENGTH = 110
 
 
 def competitors(case: NetCase | ops.OpCase, device: torch.device, without: str) -> tuple[str, dict[str, Maker]]:
-    """The pass of the case that has a backward as well, and everybody's calls."""
+    """The name of the pass with forward and backward, and the makers of all competitors' calls of it."""
     if isinstance(case, NetCase):
         return "training", mlp.makers(mlp.nets(case, device, without), case, "training", device)
     return "both", ops.makers(case, "both", device, without)
 
 
 def profile_case(case: NetCase | ops.OpCase, device: torch.device, without: str) -> list[Row]:
-    """A row per kernel of one call of every competitor; prints what failed."""
+    """Make a row for each kernel of one call of every competitor. Faults are printed."""
     which, makers = competitors(case, device, without)
     rows: list[Row] = []
     faults: dict[str, str] = {}
@@ -48,6 +48,7 @@ def profile_case(case: NetCase | ops.OpCase, device: torch.device, without: str)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
     parser.add_argument(
         "--without", default="", metavar="REGEX", help="leave out competitors whose name it finds, such as max-autotune"
@@ -55,20 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Profile every chosen case; print the table and write it. Returns 0."""
+    """Profile every selected case, print the table and, with --out, write it. Returns 0."""
     if not torch.cuda.is_available():
-        raise ValueError("there is no NVIDIA GPU here")
+        raise ValueError("PyTorch finds no NVIDIA GPU; this command needs one")
     device = default_device()
     every = (*QUICK_NETS, *QUICK_OPERATIONS) if arguments.quick else (*NETS, *OPERATIONS)
     cases = in_dtypes(select(every, arguments.filter), [native_dtype(device)])
     check_any(arguments.filter, cases)
     rows: list[Row] = []
     for case in track(cases, "cases", transient=True):
-        # Else the compiler remembers what came before, takes sizes for variable and, in the end, gives up.
+        # Without a reset torch.compile would recompile with dynamic shapes and finally reach its recompilation limit.
         torch.compiler.reset()
         rows += profile_case(case, device, arguments.without)
         if arguments.out is not None:
-            # A run that is cut short leaves what it has seen.
+            # Write after each case, so that an interrupted run keeps its results.
             write_table(pd.DataFrame(rows), arguments.out, "kernels")
     print_table(pd.DataFrame(rows), "Kernels")
     return 0

@@ -24,7 +24,7 @@ OpCase = LayerCase | BlockCase | LossCase
 
 
 def operands(case: OpCase, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Make the operands of an operation: its inputs, which require gradients, and last the gradient of its output."""
+    """Make the operands of an operation: its inputs, which require gradients, and the gradient of its output."""
     if isinstance(case, LayerCase):
         return layer_operands(case, device, seed)
     return block_operands(case, device, seed) if isinstance(case, BlockCase) else loss_operands(case, device, seed)

@@ -1,14 +1,16 @@
-"""Time every matrix product of the nets in every tile and split of K, beside cuBLAS.
+"""Time every matrix product of the nets with every tile and split of K, and compare with cuBLAS.
 
-`python -m fusemlp.bench products [--out DIR]` gives a row per product, tile and split, in bfloat16 and inside CUDA
-graphs. Its kind tells the pass and what is done with the result before it is stored:
+`python -m fusemlp.bench products [--out DIR]` measures every product, tile and split in bfloat16, inside CUDA graphs.
+The kind of a product is its pass and epilogue:
 
-    plain, relu     forward with a bias; and ReLU and its bit mask
-    dgrad, dact     the gradient of the input; times the derivative of the ReLU below
-    wgrad           the gradient of the weight, and that of the bias
+    plain   forward, with bias
+    relu    forward, with bias, ReLU and the ReLU's bit mask
+    dgrad   gradient of the input
+    dact    gradient of the input, times the derivative of the ReLU before the layer
+    wgrad   gradients of the weight and the bias
 
-M, N and K are those of the product, (M, K) times (K, N). Beside it stand torch.mm of the same factors, which does
-nothing else, and for relu cuBLASLt's product with bias and ReLU, which keeps no bit mask.
+Each product is (M, K) times (K, N). It is compared with torch.mm of the same factors, without an epilogue. The kind
+relu is also compared with cuBLASLt's product with bias and ReLU, which stores no bit mask.
 """
 
 import argparse
@@ -26,10 +28,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..kernels import config, launch
+from ..kernels import config, dispatch, launch
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
-from ..kernels.gemm import can_describe, plan_gemm
+from ..kernels.gemm import layout_of, plan_gemm
 from ..kernels.linear import linear_dgrad, linear_fwd, linear_wgrad
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import add_common_arguments, check_any, print_table, select
@@ -38,7 +40,7 @@ from .results import write_table
 from .roofline import Work
 from .timing import default_device, measure_graphs, rotation, side_stream
 
-# What computes a product of each kind from `operands`.
+# The function that computes a product of each kind from `operands`.
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "plain": lambda a, b, bias, bits: linear_fwd(a, b.t(), bias),
     "relu": lambda a, b, bias, bits: linear_fwd(a, b.t(), bias, "relu", save=True),
@@ -46,16 +48,16 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "dact": lambda a, b, bias, bits: linear_dgrad(a, b, "relu", bits),
     "wgrad": lambda a, b, bias, bits: linear_wgrad(a.t(), b, True),
 }
-# Those whose epilogue lets partial sums be added up.
+# Kinds that can be split along K: their epilogue is the identity.
 SPLIT = ("dgrad", "wgrad")
 MIN_K_PER_SPLIT = 128
-# Tiles times splits, for each multiprocessor: beyond that, another split only adds partial results.
+# Maximum of tiles times splits for each multiprocessor. More splits would only add partial results.
 MAX_PROGRAMS_PER_SM = 4
 
 
 @dataclass(frozen=True)
 class Product:
-    """(M, K) times (K, N), in the pass and with the epilogue that its kind says."""
+    """A matrix product (M, K) times (K, N) of a kind (see the docstring of the module)."""
 
     kind: str
     M: int
@@ -63,14 +65,15 @@ class Product:
     K: int
 
     def work(self) -> Work:
-        """The work on 16-bit factors, the epilogue free."""
+        """The minimal work for 16-bit factors. The epilogue is not counted."""
         return Work(2 * self.M * self.N * self.K, 2 * (self.M * self.K + self.K * self.N + self.M * self.N))
 
 
 def products(cases: Sequence[NetCase]) -> list[Product]:
-    """Every product of a training step, each shape once.
+    """List the products of a training step of the nets, without duplicates.
 
-    One whose epilogue does more is there without it, too: the difference is what the epilogue costs.
+    For relu and dact, the list also has the product without the activation, so that the difference is the cost of the
+    epilogue.
     """
     every = []
     for case in cases:
@@ -88,7 +91,7 @@ def products(cases: Sequence[NetCase]) -> list[Product]:
 
 
 def operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random factors, laid out as in the product's pass, and what epilogues read: a bias, and a ReLU's bit mask."""
+    """Make random factors in the memory layout of the product's pass, a bias (N,) and a bit mask of a ReLU."""
     kind, M, N, K = product.kind, product.M, product.N, product.K
     normal = partial(torch.randn, device=device, dtype=torch.bfloat16)
     a = normal(K, M).t() if kind == "wgrad" else normal(M, K)
@@ -97,12 +100,12 @@ def operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Te
 
 
 def variants(product: Product, device: torch.device) -> list[tuple[GemmConfig, int]]:
-    """The pinned tiles and the splits of K that suit the product on the device.
+    """The pinned tiles and the splits of K to measure for a product.
 
-    No tile is twice as high or wide as the result, unless it is the smallest. Splits are powers of two.
+    Tiles at least twice as high or wide as the result are left out, except the smallest. Splits are powers of two.
     """
     a, b, *_ = operands(product, torch.device("meta"))
-    described = can_describe(a) and can_describe(b) and launch.has_tma(device)
+    described = layout_of(a).describable and layout_of(b).describable and launch.has_tma(device)
     return [
         (tile, split_k)
         for tile in (*(config.TMA_16BIT if described else ()), *config.POINTER_16BIT)
@@ -121,23 +124,24 @@ def _splits(product: Product, tile: GemmConfig, device: torch.device) -> list[in
 
 @contextmanager
 def pinned(tile: GemmConfig, split_k: int) -> Iterator[None]:
-    """Every product is computed in this tile and split of K."""
-    plan_gemm.cache_clear()  # which remembers plans by shape
+    """Compute every product inside the `with` block with this tile and split of K."""
+    plan_gemm.cache_clear()  # it caches plans by shape
     try:
-        with patch.object(config, "select_gemm", lambda *_, **__: (tile, split_k)):
+        with patch.object(dispatch, "select_gemm", lambda *_, **__: (tile, split_k)):
             yield
     finally:
         plan_gemm.cache_clear()
 
 
 def tile_name(tile: GemmConfig) -> str:
+    """The name of a tile in the table, such as "128x256x64"."""
     return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
 
 
 def row(
     product: Product, tile: GemmConfig, split_k: int, us: float, cublas_us: float, cublaslt_us: float, fault: str
 ) -> Row:
-    """A line of the table: how long the product takes so, and cuBLAS and cuBLASLt; nan for what has no time."""
+    """Make a row of the table. Times are in microseconds, and nan if they were not measured."""
     return {
         **asdict(product),
         "tile": tile_name(tile),
@@ -154,7 +158,7 @@ def row(
 
 
 def measure_product(product: Product, device: torch.device, seconds: float) -> list[Row]:
-    """A row per variant; one that fails says with what. To be called on a `timing.side_stream`."""
+    """Measure every variant of a product. Call this on a `timing.side_stream`. A variant that fails has a fault."""
     inputs = [operands(product, device) for _ in range(rotation(product.work().bytes, device))]
 
     def us(compute: Callable[..., Any]) -> float:
@@ -176,13 +180,18 @@ def measure_product(product: Product, device: torch.device, seconds: float) -> l
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     add_common_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure every product of the chosen nets; print the fastest variants, write all. Returns 1 if one fails."""
+    """Measure every product of the selected nets, print the fastest variants and, with --out, write all variants.
+
+    Returns:
+        1 if a variant failed, else 0.
+    """
     if not torch.cuda.is_available():
-        raise ValueError("there is no NVIDIA GPU here")
+        raise ValueError("PyTorch finds no NVIDIA GPU; this command needs one")
     cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
     check_any(arguments.filter, cases)
     device = default_device()
@@ -191,7 +200,7 @@ def main(arguments: argparse.Namespace) -> int:
         for product in track(products(cases), "products", transient=True):
             rows += measure_product(product, device, 0.02 if arguments.quick else 0.1)
             if arguments.out is not None:
-                # A run that is cut short leaves what it measured.
+                # Write after each product, so that an interrupted run keeps its results.
                 write_table(pd.DataFrame(rows), arguments.out, "products")
     table = pd.DataFrame(rows)
     print_table(table.sort_values("us").drop_duplicates(["kind", "M", "N", "K"]).sort_index(), "Fastest variants")

@@ -75,12 +75,14 @@ class Recorder:
         self.then = then
         self.noted: dict[Any, bytes] = {}
 
-    def __call__(self, kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
-        key = kernel, launch.specialization(args), tuple(meta.values())
-        if key not in self.noted:
-            self.noted[key] = dump(NotedLaunch(kernel, programs, args, meta))
+    def __call__(
+        self, kernel: Any, programs: int, device: torch.device, *args: Any, key: Any = None, **meta: Any
+    ) -> None:
+        compiled_for = kernel, launch.specialization(args), tuple(meta.values())
+        if compiled_for not in self.noted:
+            self.noted[compiled_for] = dump(NotedLaunch(kernel, programs, args, meta))
         if self.then is not None:
-            self.then(kernel, programs, device, *args, **meta)
+            self.then(kernel, programs, device, *args, key=key, **meta)
 
     def write(self, folder: Path) -> None:
         """Write the recorded launches into the folder, in a file named after this process."""

@@ -1,8 +1,8 @@
-"""Write stored results into the README and the pages of docs/, so that no number is typed by hand; draw their pictures.
+"""Update the tables in README.md and docs/ from stored results, and draw the pictures of the results.
 
-`python -m fusemlp.bench report` replaces what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` by the table
-of that name, made from the CSVs under bench/results, and draws beside each CSV the picture that belongs to it. With
---check it only exits with 1 if a page would change.
+`python -m fusemlp.bench report` replaces the text between `<!-- begin NAME -->` and `<!-- end NAME -->` by the table of
+that name, which it makes from the CSV files under bench/results. It also draws a picture next to each CSV file that has
+one. With --check it writes nothing, and exits with 1 if a page would change.
 """
 
 import argparse
@@ -22,20 +22,21 @@ from .competitors import CEILING
 
 
 def stored(results: Path, pattern: str) -> list[Path]:
-    """The tables that match. Raises ValueError if there are none."""
+    """The paths of the tables that match a pattern. Raises ValueError if there are none."""
     if not (found := list(results.glob(pattern))):
         raise ValueError(f"{results / pattern}: no such table")
     return found
 
 
 def markdown(table: pd.DataFrame, right: bool = True) -> str:
-    """A Markdown table: the first column to the left, the others to the right if asked to."""
+    """Format a Markdown table. The first column is aligned left, and with `right` the others are aligned right."""
     rows = [table.columns, ["---", *["---:" if right else "---"] * (table.shape[1] - 1)]]
     rows += table.astype(str).values.tolist()
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def traffic(results: Path) -> str:
+    """The section on launches, moved bytes and modelled speed-ups of a training step."""
     (path,) = stored(results, "traffic/traffic.csv")
     rows = pd.read_csv(path)
     rows["MB"] = (rows["bytes"] / 1e6).map("{:,.1f}".format)
@@ -61,6 +62,7 @@ def traffic(results: Path) -> str:
 
 
 def scaling(results: Path) -> str:
+    """The section on the modelled efficiency of tensor parallelism."""
     (path,) = stored(results, "scaling/scaling.csv")
     rows = pd.read_csv(path)
     table = []
@@ -83,6 +85,7 @@ def scaling(results: Path) -> str:
 
 
 def codegen(results: Path) -> str:
+    """The section on the resources of the compiled kernels, by architecture."""
     by_arch = {int(path.stem.removeprefix("sm_")): path for path in stored(results, "codegen/sm_*.csv")}
     rows = []
     for arch, path in sorted(by_arch.items()):
@@ -102,12 +105,12 @@ NO_GPU = "No GPU has been measured yet.\n"
 
 
 def environment(table: Path) -> dict[str, Any]:
-    """Where the table was measured."""
+    """The device and software versions with which a table was measured."""
     return json.loads((table.parent / "environment.json").read_text())
 
 
 def measured_on_gpus(results: Path) -> list[tuple[str, pd.DataFrame]]:
-    """What each GPU is, with its versions, and the table of its nets."""
+    """For each measured GPU, its name with software versions, and the table of the `mlp` command."""
     found = []
     for path in sorted(results.rglob("mlp.csv")):
         machine = environment(path)
@@ -118,7 +121,7 @@ def measured_on_gpus(results: Path) -> list[tuple[str, pd.DataFrame]]:
 
 
 def speed(results: Path) -> str:
-    """Nets on every GPU that was measured, training and inference, launching not counted."""
+    """The section on times of nets in CUDA graphs, with a table for each measured GPU."""
     parts = []
     for name, rows in measured_on_gpus(results):
         of_graphs = rows[rows["mode"] == "CUDA graph"]
@@ -134,7 +137,7 @@ def speed(results: Path) -> str:
 
 
 def means(results: Path) -> str:
-    """For every GPU that was measured, the geometric means over its nets of how much faster fusemlp is."""
+    """The section on geometric means of fusemlp's speed-ups over the nets, with a table for each measured GPU."""
     parts = []
     for name, rows in measured_on_gpus(results):
         others = rows.query("competitor not in ('fusemlp', @CEILING)")
@@ -148,6 +151,7 @@ def means(results: Path) -> str:
 
 
 def claims(results: Path) -> str:
+    """The section on the textbook claims that `regimes` tests."""
     (path,) = stored(results, "cpu/claims.csv")
     machine = environment(path)
     table = pd.read_csv(path, dtype=str)
@@ -177,7 +181,7 @@ MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) 
 
 
 def render(text: str, results: Path) -> str:
-    """The text with every marked section made anew. Raises ValueError for an unknown section or a missing table."""
+    """Replace every marked section of a text. Raises ValueError for an unknown section or a missing table."""
 
     def section(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
@@ -189,6 +193,7 @@ def render(text: str, results: Path) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
     parser.add_argument(
         "--pages", type=Path, nargs="+", metavar="FILE", help="what to bring up to date (README.md and docs/*.md)"
@@ -197,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Bring the pages and the pictures up to date. Returns 1 if a page is not, with --check."""
+    """Update the pages and pictures. With --check, only return 1 if a page is out of date. Returns 0 otherwise."""
     pages = arguments.pages or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
     for page in pages:
         if not page.is_file():
@@ -207,7 +212,7 @@ def main(arguments: argparse.Namespace) -> int:
     stale = [page for page in pages if after[page] != before[page]]
     if arguments.check:
         for page in stale:
-            print(f"{page}: not what the results say; bring it up to date with `fusemlp-bench report`")
+            print(f"{page}: out of date; update it with `fusemlp-bench report`")
         return int(bool(stale))
     for page in stale:
         with atomic_write(page) as file:

@@ -35,13 +35,13 @@ ALLOCATIONS = ("aten.empty", "aten.new_empty")
 FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
 # The last launches of a layer's backward pass: fusemlp's gradient of the input, or PyTorch's gradient of the bias.
 LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
-# Passes over the activations for batch norm, activation and dropout, if the product before computes the statistics.
-# Forward reads and writes the activations (2). Backward reads them for its sums, while the gradient is in registers
-# (1), then reads activations and gradient and writes the gradient of the input (3).
+# Minimal passes over the activations for batch norm, activation and dropout. Forward reads and writes the activations
+# (2), if the product before computes the statistics. Backward reads the activations for its sums (1), if the product
+# before computes them, then reads activations and gradient and writes the gradient of the input (3).
 NORMALISE_PASSES = 6
 # Operators that read only one element per row of one argument, and the position of that argument. It is not counted.
 GATHERED = {"aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
-# Operators of more than one pass, and the positions of the arguments that they read twice: statistics, then the result.
+# Operators with two passes, one for statistics and one for the result, and the positions of arguments that both read.
 READ_TWICE = {"aten.native_batch_norm": (0,), "aten.native_batch_norm_backward": (0, 1)}
 
 

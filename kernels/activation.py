@@ -46,7 +46,9 @@ def relu_active(z):
 
 @triton.jit
 def relu_grad(grad, active):
-    return tl.where(active, grad, 0.0)
+    # Adding 0 keeps the compiler from rounding grad before it selects. It would then read the accumulators of a GEMM
+    # too early, and ptxas would let no two matrix instructions overlap (its message C7514).
+    return tl.where(active, grad, 0.0) + 0.0
 
 
 @triton.jit

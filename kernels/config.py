@@ -22,7 +22,9 @@ class GemmConfig:
         num_warps: warps of a program.
         num_stages: stages of the pipeline of loads.
         shared_kib: upper bound of the shared memory in KiB, for every epilogue and architecture.
+        efficiency: share of the device's rate that the main loop reaches.
         tma: whether the persistent main loop with TMA loads is used.
+        resident: programs that a multiprocessor holds.
         GROUP_M: rows of tiles in a band; see `tile.tile_order`.
     """
 
@@ -32,7 +34,9 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     shared_kib: int
+    efficiency: float
     tma: bool = False
+    resident: int = 1
     GROUP_M: int = 8
 
     def tiles(self, M: int, N: int) -> int:
@@ -40,82 +44,29 @@ class GemmConfig:
         return cdiv(M, self.BLOCK_M) * cdiv(N, self.BLOCK_N)
 
 
-# Each list is ordered from the largest tile to the smallest. BLOCK_N is at least 64: the bit mask packs 64 columns.
-WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=213, tma=True)
+# BLOCK_N is at least 64: the bit mask packs 64 columns. The efficiencies of 16-bit tiles are fitted; see `cost_model`.
+WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=213, efficiency=1.0, tma=True)
 TMA_16BIT = (
     WIDEST,
-    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, shared_kib=177, tma=True),
-    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, shared_kib=145, tma=True),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, shared_kib=177, efficiency=0.86, tma=True),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, shared_kib=145, efficiency=0.98, tma=True),
 )
 POINTER_16BIT = (
-    GemmConfig(128, 128, 32, num_warps=8, num_stages=4, shared_kib=66),
-    GemmConfig(64, 64, 64, num_warps=4, num_stages=3, shared_kib=51),
-    GemmConfig(16, 64, 128, num_warps=4, num_stages=3, shared_kib=40),
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=4, shared_kib=66, efficiency=0.86),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3, shared_kib=51, efficiency=1.0, resident=4),
+    GemmConfig(16, 64, 128, num_warps=4, num_stages=3, shared_kib=40, efficiency=0.96, resident=5),
 )
 POINTER_TF32 = (
-    GemmConfig(128, 64, 32, num_warps=8, num_stages=3, shared_kib=77),
-    GemmConfig(64, 64, 32, num_warps=4, num_stages=3, shared_kib=50),
-    GemmConfig(16, 64, 32, num_warps=8, num_stages=3, shared_kib=21),
+    GemmConfig(128, 64, 32, num_warps=8, num_stages=3, shared_kib=77, efficiency=0.55, resident=2),
+    GemmConfig(64, 64, 32, num_warps=4, num_stages=3, shared_kib=50, efficiency=0.5, resident=4),
+    GemmConfig(16, 64, 32, num_warps=8, num_stages=3, shared_kib=21, efficiency=0.5, resident=5),
 )
 # Without tensor cores, the ordinary floating-point units multiply. They take their operands from registers.
 POINTER_IEEE = (
-    GemmConfig(64, 64, 32, num_warps=8, num_stages=2, shared_kib=36),
-    GemmConfig(16, 64, 32, num_warps=4, num_stages=2, shared_kib=21),
+    GemmConfig(64, 64, 32, num_warps=8, num_stages=2, shared_kib=36, efficiency=0.5, resident=2),
+    GemmConfig(16, 64, 32, num_warps=4, num_stages=2, shared_kib=21, efficiency=0.3, resident=5),
 )
 ALL_GEMM_CONFIGS = (*TMA_16BIT, *POINTER_16BIT, *POINTER_TF32, *POINTER_IEEE)
-
-# A host-side tensor descriptor costs about as much as 20 GFLOP of tensor-core work.
-TMA_MIN_FLOPS = 20_000_000_000
-MAX_SPLIT_K = 32
-MIN_K_PER_SPLIT = 256
-# Upper bound of the bytes that partial sums move (written once and read once), as a share of the operands' bytes.
-MAX_PARTIAL_SHARE = 1 / 4
-
-
-def select_gemm(
-    M: int,
-    N: int,
-    K: int,
-    *,
-    itemsize: int,
-    tensor_cores: bool,
-    tma: bool,
-    heavy_epilogue: bool,
-    split_k: bool,
-    num_sms: int,
-    shared_kib: int,
-) -> tuple[GemmConfig, int]:
-    """Choose the largest pinned tile that still gives every multiprocessor a tile, and the number of ranges of K.
-
-    Args:
-        M, N, K: sizes of the product (M, K) (K, N).
-        itemsize: bytes of an element of the operands.
-        tensor_cores: whether tensor cores multiply elements of this type.
-        tma: whether the device has a TMA unit and it can address the operands.
-        heavy_epilogue: whether the widest tile would spill or run out of shared memory.
-        split_k: whether K may be cut into ranges whose partial sums are added up afterwards.
-        num_sms: multiprocessors of the device.
-        shared_kib: KiB of shared memory that one block can have.
-
-    Returns:
-        The configuration, and the number of ranges that K is cut into.
-    """
-    # 1. Take the list for this type, without the tiles that the epilogue or the device excludes.
-    if itemsize == 2:
-        described = [c for c in TMA_16BIT if c.shared_kib <= shared_kib and tma and 2 * M * N * K >= TMA_MIN_FLOPS]
-        configs = described or POINTER_16BIT
-    else:
-        configs = POINTER_TF32 if itemsize == 4 and tensor_cores else POINTER_IEEE
-    if heavy_epilogue:
-        configs = [c for c in configs if c is not WIDEST]
-    # 2. Drop tiles that are at least twice as high or wide as the output; 64 columns are the minimum.
-    fitting = [c for c in configs if c.BLOCK_M < 2 * M and (c.BLOCK_N == 64 or c.BLOCK_N < 2 * N)] or [configs[-1]]
-    # 3. Bound the ranges of K by the bytes that their partial sums move.
-    affordable = int(MAX_PARTIAL_SHARE * (M + N) * K * itemsize / (2 * M * N * max(4, itemsize)))
-    max_splits = max(1, min(MAX_SPLIT_K, K // MIN_K_PER_SPLIT, affordable)) if split_k else 1
-    # 4. Take the largest tile that fills the device, and no more ranges of K than fill it.
-    config = next((c for c in fitting if c.tiles(M, N) * max_splits >= num_sms), fitting[-1])
-    return config, max(1, min(max_splits, num_sms // config.tiles(M, N)))
 
 
 POINTWISE_ELEMENTS = 4096

@@ -54,6 +54,11 @@ def ledger() -> Iterator[Ledger]:
         _open_ledgers.remove(opened)
 
 
+def recording() -> bool:
+    """Whether any ledger is open."""
+    return bool(_open_ledgers)
+
+
 def report(name: str, flops: int, tensors: tuple[Tensor | None, ...]) -> None:
     """Add one launch to every open ledger.
 

@@ -1,8 +1,9 @@
 """Epilogues: what happens to a GEMM tile between the accumulator and memory.
 
 An epilogue is a device function of the accumulator tile [BLOCK_M, BLOCK_N], of its own arguments (one of the named
-tuples below, in which optional tensors may be None), of the device functions of an activation (`activation.Functions`)
-and of the corner of the tile. It returns the tile that the GEMM stores. It may also store other results.
+tuples below, whose matrices are contiguous and whose optional tensors may be None), of the device functions of an
+activation (`activation.Functions`) and of the corner of the tile. It returns the tile that the GEMM stores. It may also
+store other results.
 
 Registers cannot hold a second tile of the same size beside the accumulator. An epilogue that loads or stores one works
 on one half of the tile after the other (`_in_halves`).
@@ -55,14 +56,12 @@ class BiasSavingArgs(NamedTuple):
 
     bias: Tensor | None
     saved: Tensor
-    stride_saved: int
 
 
 class SavedArgs(NamedTuple):
     """Arguments of `dact_bitmask` and `dact_saved`. saved: what forward kept of the layer below."""
 
     saved: Tensor
-    stride_saved: int
 
 
 class BiasNormArgs(NamedTuple):
@@ -76,7 +75,6 @@ class DropoutActArgs(NamedTuple):
     """Arguments of `dact_dropout`. x: (M, N), the preactivation of the layer below."""
 
     x: Tensor
-    stride_x: int
     dropout: DropoutArgs
 
 
@@ -84,7 +82,6 @@ class AddArgs(NamedTuple):
     """Arguments of `add_to`. addend: (M, N), added to the product."""
 
     addend: Tensor
-    stride_addend: int
 
 
 def bitmask_width(N: int) -> int:
@@ -158,8 +155,8 @@ def bias_act_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.c
     """act(product + bias). The booleans of its derivative are stored in args.saved, the bit mask."""
     preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
     packed = _pack_bits(FNS.active(preact), BLOCK_M, BLOCK_N)
-    stride = args.stride_saved
-    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, stride, stride, 1, BLOCK_M, BLOCK_N // 8)
+    width = tl.cdiv(N, 64) * 8
+    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, width, width, 1, BLOCK_M, BLOCK_N // 8)
     tl.store(ptrs, packed, mask=mask)
     return FNS.act(preact)
 
@@ -173,7 +170,7 @@ def bias_act_preact(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.co
 @triton.jit
 def _bias_act_preact_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     preact = _add_bias(acc, args.bias, col, N, BLOCK_N)
-    ptrs, mask = tile_pointers(args.saved, row, col, M, N, args.stride_saved, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.saved, row, col, M, N, N, 1, BLOCK_M, BLOCK_N)
     tl.store(ptrs, cast(preact, args.saved.dtype.element_ty), mask=mask)
     return FNS.act(preact)
 
@@ -181,8 +178,8 @@ def _bias_act_preact_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M:
 @triton.jit
 def dact_bitmask(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The product times the derivative of the activation below, read from its bit mask."""
-    stride = args.stride_saved
-    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, stride, stride, 1, BLOCK_M, BLOCK_N // 8)
+    width = tl.cdiv(N, 64) * 8
+    ptrs, mask = tile_pointers(args.saved, row, col // 8, M, width, width, 1, BLOCK_M, BLOCK_N // 8)
     packed = tl.load(ptrs, mask=mask, other=0)
     return FNS.dact(acc, _unpack_bits(packed, BLOCK_M, BLOCK_N))
 
@@ -195,7 +192,7 @@ def dact_saved(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constex
 
 @triton.jit
 def _dact_saved_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    ptrs, mask = tile_pointers(args.saved, row, col, M, N, args.stride_saved, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.saved, row, col, M, N, N, 1, BLOCK_M, BLOCK_N)
     saved = tl.load(ptrs, mask=mask, other=0.0)
     return FNS.dact(acc, saved.to(acc.dtype))
 
@@ -220,7 +217,7 @@ def dact_dropout(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.const
 
 @triton.jit
 def _dact_dropout_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    ptrs, mask = tile_pointers(args.x, row, col, M, N, args.stride_x, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.x, row, col, M, N, N, 1, BLOCK_M, BLOCK_N)
     x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
     return FNS.dact_at(drop(acc, args.dropout, row, col, BLOCK_M, BLOCK_N), x, FNS)
 
@@ -233,5 +230,5 @@ def add_to(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def _add_to_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    ptrs, mask = tile_pointers(args.addend, row, col, M, N, args.stride_addend, 1, BLOCK_M, BLOCK_N)
+    ptrs, mask = tile_pointers(args.addend, row, col, M, N, N, 1, BLOCK_M, BLOCK_N)
     return acc + tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)

@@ -9,6 +9,7 @@ there is one program for each tile.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import config, cost, launch
+from . import cost, dispatch, launch
 from .activation import Functions
 from .config import cdiv
+from .cost_model import Gemm
 from .epilogue import Epilogue, identity
-from .tile import acc_dtype, cast, matmul_tile, store_tile, tile_order, triton_acc_dtype
+from .gpu import gpu_of
+from .tile import acc_dtype, cast, in_octets, matmul_tile, store_tile, tile_order, triton_acc_dtype
 
 
 @triton.jit
@@ -34,9 +37,17 @@ def _gemm_kernel(
     EPILOGUE: tl.constexpr, EPILOGUE_FNS: tl.constexpr,
     ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
     TMA: tl.constexpr, OUT_TMA: tl.constexpr, A_ROW_MAJOR: tl.constexpr, B_ROW_MAJOR: tl.constexpr,
+    OCTETS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of out, or with SPLIT_K > 1 partial sums of tiles over ranges of K, stored stride_split apart."""
+    """Tiles of out, or with SPLIT_K > 1 partial sums of tiles over ranges of K, stored stride_split apart.
+
+    OCTETS: which of M, N, K and the five strides of a, b and out are multiples of 8; see `tile.in_octets`.
+    """
+    M, N, K = in_octets(M, OCTETS[0]), in_octets(N, OCTETS[1]), in_octets(K, OCTETS[2])
+    stride_am, stride_ak = in_octets(stride_am, OCTETS[3]), in_octets(stride_ak, OCTETS[4])
+    stride_bk, stride_bn = in_octets(stride_bk, OCTETS[5]), in_octets(stride_bn, OCTETS[6])
+    stride_om = in_octets(stride_om, OCTETS[7])
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -115,30 +126,47 @@ IDENTITY = Epilogue(identity)
 REDUCE_BLOCK = 1024
 
 
-def is_row_major(x: Tensor) -> bool:
-    """Whether the rows of the matrix are contiguous."""
-    return x.stride(1) == 1
+class Layout(NamedTuple):
+    """How a matrix lies in memory: sizes, strides and dtype, and whether it starts at a multiple of 16 bytes."""
+
+    rows: int
+    cols: int
+    stride_row: int
+    stride_col: int
+    dtype: torch.dtype
+    aligned: bool
+
+    @property
+    def row_major(self) -> bool:
+        """Whether the rows are contiguous."""
+        return self.stride_col == 1
+
+    @property
+    def vectors(self) -> bool:
+        """Whether 16 bytes can be loaded at once: along one contiguous dimension, in whole multiples of 16 bytes."""
+        length, pitch = (self.cols, self.stride_row) if self.row_major else (self.rows, self.stride_col)
+        elements = 16 // self.dtype.itemsize
+        return self.aligned and 1 in self[2:4] and length % elements == 0 and pitch % elements == 0
+
+    @property
+    def describable(self) -> bool:
+        """Whether the TMA unit can address the matrix.
+
+        It needs elements of 2 bytes (for the tiles used here), one contiguous dimension, and a start and a row pitch
+        that are multiples of 16 bytes.
+        """
+        pitch = self.stride_row if self.row_major else self.stride_col
+        return self.aligned and self.dtype.itemsize == 2 and 1 in self[2:4] and pitch > 0 and pitch % 8 == 0
 
 
-def can_describe(x: Tensor) -> bool:
-    """Whether the TMA unit can address the matrix x.
-
-    It needs elements of 2 bytes (for the tiles used here), one contiguous dimension, and a start and a row pitch that
-    are multiples of 16 bytes.
-    """
-    pitch = x.stride(0) if is_row_major(x) else x.stride(1)
-    return (
-        x.element_size() == 2
-        and 1 in x.stride()
-        and pitch > 0
-        and pitch * x.element_size() % 16 == 0
-        and x.data_ptr() % 16 == 0
-    )
+def layout_of(x: Tensor) -> Layout:
+    """The layout of a matrix."""
+    return Layout(*x.shape, *x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
 def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """A TMA descriptor of x or, if x is column-major, of its transpose. block: rows and columns of a tile of x."""
-    if is_row_major(x):
+    if x.stride(1) == 1:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
     x = x.t()
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(reversed(block)))
@@ -149,71 +177,89 @@ class GemmPlan:
     """The part of a GEMM launch that does not depend on the addresses of its tensors.
 
     Attributes:
+        number: distinguishes plans.
         programs: number of programs of the launch.
         split_k: number of ranges that K is cut into.
         block: BLOCK_M, BLOCK_N and BLOCK_K.
         tma: whether a and b are passed as TMA descriptors.
         out_tma: whether out is.
         acc_dtype: dtype of the accumulator.
+        numbers: the kernel's arguments from M to stride_split.
         meta: constexprs and compiler options of the kernel.
     """
 
+    number: int
     programs: int
     split_k: int
     block: tuple[int, int, int]
     tma: bool
     out_tma: bool
     acc_dtype: torch.dtype
+    numbers: tuple[int, ...]
     meta: dict[str, Any]
+
+
+_plan_numbers = itertools.count()
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_gemm(
-    M: int, N: int, K: int, dtype: torch.dtype, a_row_major: bool, b_row_major: bool,
-    describable: bool, out_describable: bool,
-    tile_fn: Any, fns: Functions, heavy_epilogue: bool, tf32: bool, device: torch.device,
+    a: Layout, b: Layout, out: Layout, tile_fn: Any, fns: Functions, heavy_epilogue: bool, row_sum: bool, tf32: bool,
+    device: torch.device,
 ) -> GemmPlan:  # fmt: skip
-    """Plan the launch of a GEMM (M, K) (K, N).
+    """Plan the launch of a GEMM.
 
     Args:
-        M, N, K: sizes of the product.
-        dtype: of the operands.
-        a_row_major, b_row_major: see `is_row_major`.
-        describable, out_describable: whether the TMA unit can address both operands, and out.
+        a, b, out: layouts of the operands and of the result.
         tile_fn, fns, heavy_epilogue: see `Epilogue`.
+        row_sum: whether the rows of a are added up.
         tf32: whether float32 operands are rounded to TF32.
         device: of the tensors.
     """
-    tensor_cores = dtype.itemsize == 2 or tf32
-    tile, split_k = config.select_gemm(
+    M, K, N = a.rows, a.cols, b.cols
+    product = Gemm(
         M, N, K,
-        itemsize=dtype.itemsize,
-        tensor_cores=tensor_cores,
-        tma=describable and launch.has_tma(device),
+        itemsize=a.dtype.itemsize,
+        tensor_cores=a.dtype.itemsize == 2 or tf32,
+        vectors=a.vectors and b.vectors,
+        row_sum=row_sum,
+        epilogue=tile_fn.__name__,
+    )  # fmt: skip
+    num_sms = launch.num_sms(device)
+    tile, split_k = dispatch.select_gemm(
+        product,
+        tma=a.describable and b.describable and launch.has_tma(device),
         heavy_epilogue=heavy_epilogue,
         split_k=tile_fn is identity,
-        num_sms=launch.num_sms(device),
+        gpu=gpu_of(device),
+        num_sms=num_sms,
         shared_kib=launch.shared_kib(device),
-    )  # fmt: skip
-    out_tma = tile.tma and split_k == 1 and out_describable
+    )
+    out_tma = tile.tma and split_k == 1 and out.describable
     programs = tile.tiles(M, N) * split_k
+    numel = M * N + (M if row_sum else 0)
+    sizes = M, N, K, *a[2:4], *b[2:4], N if split_k > 1 else out.stride_row
     return GemmPlan(
-        programs=min(programs, launch.num_sms(device)) if tile.tma else programs,
+        number=next(_plan_numbers),
+        programs=min(programs, num_sms) if tile.tma else programs,
         split_k=split_k,
         block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         tma=tile.tma,
         out_tma=out_tma,
-        acc_dtype=acc_dtype(dtype),
+        acc_dtype=acc_dtype(a.dtype),
+        numbers=(*sizes, numel),
         meta={
             "EPILOGUE": tile_fn,
             "EPILOGUE_FNS": fns,
-            "ACC_DTYPE": triton_acc_dtype(dtype),
+            "ACC_DTYPE": triton_acc_dtype(a.dtype),
             "INPUT_PRECISION": "tf32" if tf32 else "ieee",
             "SPLIT_K": split_k,
             "TMA": tile.tma,
             "OUT_TMA": out_tma,
-            "A_ROW_MAJOR": a_row_major,
-            "B_ROW_MAJOR": b_row_major,
+            "A_ROW_MAJOR": a.row_major,
+            "B_ROW_MAJOR": b.row_major,
+            # Triton sees multiples of 16 by itself.
+            "OCTETS": tuple(size % 16 == 8 for size in sizes),
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
@@ -285,14 +331,13 @@ def gemm(
     Raises:
         TypeError: a or b has no memory of its own (see `launch.check_addressable`).
     """
-    (M, K), N = a.shape, b.shape[1]
     launch.check_addressable(a, b)
+    tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
     plan = plan_gemm(
-        M, N, K, a.dtype, is_row_major(a), is_row_major(b),
-        can_describe(a) and can_describe(b), can_describe(out),
-        epilogue.tile_fn, epilogue.fns, epilogue.heavy, a.dtype == torch.float32 and launch.tf32_allowed(), a.device,
+        layout_of(a), layout_of(b), layout_of(out),
+        epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, a.device,
     )  # fmt: skip
-    numel = M * N + (M if row_sum is not None else 0)
+    M, N, K, *_, numel = plan.numbers
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
     if partial is not None:
@@ -303,13 +348,14 @@ def gemm(
         describe(a, (block_m, block_k)) if plan.tma else a,
         describe(b, (block_k, block_n)) if plan.tma else b,
         describe(out, (block_m, block_n)) if plan.out_tma else out_ptr,
-        row_sum_ptr, epilogue.args,
-        M, N, K, *a.stride(), *b.stride(), N if plan.split_k > 1 else out.stride(0), numel,
+        row_sum_ptr, epilogue.args, *plan.numbers,
+        key=(plan.number, launch.specialization((row_sum_ptr, epilogue.args))),
         **plan.meta,
     )  # fmt: skip
-    side_tensors = [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)]
-    results = (out, row_sum) if partial is None else (partial,)
-    cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
+    if cost.recording():
+        side_tensors = [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)]
+        results = (out, row_sum) if partial is None else (partial,)
+        cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
     if partial is not None:
         todo = Unreduced(name, partial, out, row_sum)
         if unreduced is None:

@@ -150,7 +150,7 @@ def num_sms(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, key: Any = None, **meta: Any) -> None:
     """Launch a kernel on a device, in its current stream.
 
     Args:
@@ -158,26 +158,27 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
         programs: size of the grid, which has one dimension.
         device: of the tensors.
         args: runtime arguments of the kernel.
+        key: determines, with kernel and device, what Triton compiles for; None: it is found from args and meta.
         meta: its constexprs, and compiler options.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch_on_current_device(kernel, (programs, 1, 1), device, args, meta)
+            _launch_on_current_device(kernel, (programs, 1, 1), device, args, key, meta)
     else:
-        _launch_on_current_device(kernel, (programs, 1, 1), device, args, meta)
+        _launch_on_current_device(kernel, (programs, 1, 1), device, args, key, meta)
 
 
 _compiled: dict[Any, tuple[Any, list[Any]]] = {}
 
 
 def _launch_on_current_device(
-    kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], meta: dict[str, Any]
+    kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], key: Any, meta: dict[str, Any]
 ) -> None:
     if INTERPRET:
         kernel[grid](*args, **meta)
         return
     # Triton binds and specialises arguments at each launch. Looking up the compiled kernel takes half as long.
-    key = (kernel, device, specialization(args), tuple(meta.values()))
+    key = kernel, device, key or (specialization(args), tuple(meta.values()))
     if (found := _compiled.get(key)) is not None:
         compiled, constexprs = found
         compiled[grid](*args, *constexprs)

@@ -80,14 +80,14 @@ def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None
         return Epilogue(bias_act, BiasArgs(b), Functions(act=entry.act), heavy)
     tile_fn = bias_act_preact if heavy else bias_act_bitmask
     fns = Functions(act=entry.act, active=entry.active)
-    return Epilogue(tile_fn, BiasSavingArgs(b, saved, saved.stride(0)), fns, heavy)
+    return Epilogue(tile_fn, BiasSavingArgs(b, saved), fns, heavy)
 
 
 def _dact_epilogue(activation: str, saved: Tensor) -> Epilogue:
     entry = ACTIVATIONS[activation]
     bitmask = entry.saves == "bitmask"
     tile_fn = dact_bitmask if bitmask else dact_saved
-    return Epilogue(tile_fn, SavedArgs(saved, saved.stride(0)), Functions(dact=entry.dact), heavy=not bitmask)
+    return Epilogue(tile_fn, SavedArgs(saved), Functions(dact=entry.dact), heavy=not bitmask)
 
 
 def _linear_dgrad_outputs(
@@ -161,7 +161,7 @@ def linear_dgrad_dropout(dz: Tensor, w: Tensor, x: Tensor, dropout: DropoutArgs,
         A tensor (M, K).
     """
     dx = dz.new_empty(dz.shape[0], w.shape[1])
-    args = DropoutActArgs(x, x.stride(0), dropout)
+    args = DropoutActArgs(x, dropout)
     gemm("linear_dgrad", dz, w, dx, Epilogue(dact_dropout, args, functions_of_preact(activation), heavy=True))
     return dx
 

@@ -167,7 +167,7 @@ def linear_cross_entropy(
         if dx is not None:
             gemm("linear_dgrad", logits, w, dx[rows])
         if dw is not None:
-            so_far = Epilogue(add_to, AddArgs(dw, dw.stride(0)), heavy=True) if first else IDENTITY
+            so_far = Epilogue(add_to, AddArgs(dw), heavy=True) if first else IDENTITY
             db_rows = None if db is None else torch.empty_like(db)
             gemm("linear_wgrad", logits.t(), x_rows, dw, so_far, row_sum=db_rows)
             if db is not None:

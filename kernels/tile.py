@@ -49,6 +49,15 @@ def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def in_octets(x, OCTETS: tl.constexpr):
+    """x, a multiple of 8 if OCTETS. Triton sees only multiples of 16, and 16 bytes are moved at once from 8 on."""
+    if OCTETS:
+        return x // 8 * 8
+    else:
+        return x
+
+
+@triton.jit
 def tile_pointers(ptr, row, col, rows, cols, stride_row, stride_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr):
     """Pointers to a tile with corner (row, col), and a mask of those that are inside the matrix (rows, cols)."""
     offs_row = row + tl.arange(0, BLOCK_ROW)

@@ -1,4 +1,4 @@
-"""What torch.autocast asks of a tensor."""
+"""Casts that torch.autocast requires."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def autocasts(t: Tensor) -> bool:
 
 
 def autocast(t: Tensor) -> Tensor:
-    """The tensor in the dtype in which torch.autocast computes matrix products. float64 stays float64."""
+    """Cast a tensor to the dtype in which torch.autocast computes matrix products, if it is on. float64 is kept."""
     if not autocasts(t) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))

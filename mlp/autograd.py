@@ -1,4 +1,4 @@
-"""torch.autograd.Function with the types that our functions have: a backward of one gradient, and any result."""
+"""torch.autograd.Function for functions with one result, typed for the type checker."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 if TYPE_CHECKING:
 
     class Function(torch.autograd.Function):
-        """An autograd function with one result."""
+        """An autograd function whose backward takes one gradient."""
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,4 +1,4 @@
-"""Batch normalisation, and the activation and dropout that follow it, of any input (N, C, *)."""
+"""Batch normalisation of an input (N, C, *), and the activation and dropout that follow it."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -35,18 +35,20 @@ def batch_norm(
 
     Args:
         input: (N, C, *), float32, float16, bfloat16 or float64.
-        running_mean, running_var, weight, bias: (C,) or None, of input's dtype or, beside a 16-bit one, of float32.
-        training: normalise by mean and biased variance of the batch, and move running_mean and running_var in place, by
-            momentum, towards it and the unbiased variance; else normalise by the running averages.
-        momentum: the share of the new batch in the running averages.
+        running_mean, running_var, weight, bias: (C,) or None, of input's dtype; float32 is allowed as well if input's
+            dtype has 16 bits. Without `training`, running_mean and running_var are required.
+        training: whether to normalise by the mean and the biased variance of the batch. running_mean and running_var
+            are then updated in place with the mean and the unbiased variance of the batch. Otherwise the input is
+            normalised by running_mean and running_var.
+        momentum: weight of the new batch in the running averages.
         eps: added to the variance.
 
     Returns:
         A tensor of input's shape and dtype.
 
     Raises:
-        ValueError: a wrong shape or device, or one value for each channel in training.
-        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, a missing running average, or only one value for each channel in training.
+        TypeError: a wrong type or dtype.
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     return norm_act_dropout(input, norm, None, 0.0)
@@ -65,12 +67,16 @@ def batch_norm_act_dropout(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """dropout(act(batch_norm(input))) in one pass after that of the statistics, forward and backward.
+    """dropout(act(batch_norm(input))). Forward and backward each take one pass after the pass for the statistics.
 
     Args:
-        activation: see `linear`.
-        p: probability of dropping an element, in training.
-        input, running_mean, running_var, weight, bias, training, momentum, eps: see `batch_norm`.
+        input, running_mean, running_var, weight, bias: see `batch_norm`.
+        activation: name of an activation, see `linear`; or None.
+        p: probability of dropping an element in training, in [0, 1].
+        training, momentum, eps: see `batch_norm`. Without `training` there is no dropout.
+
+    Returns:
+        A tensor of input's shape and dtype.
 
     Raises:
         ValueError, TypeError: as `batch_norm`, `linear` and `dropout` do.
@@ -83,9 +89,17 @@ def batch_norm_act_dropout(
 def norm_act_dropout(
     input: Tensor, norm: Norm | None, activation: str | None, p: float, columns: Columns | None = None
 ) -> Tensor:
-    """dropout(act(norm(input))) for an input (N, C, *); without a norm, of any shape.
+    """dropout(act(norm(input))).
 
-    columns: the columns of a whole matrix (N, C) that the input is; None: all of them.
+    Args:
+        input: (N, C, *); any shape if norm is None.
+        norm: the normalisation, or None.
+        activation: name of an activation, or None.
+        p: probability of dropping an element.
+        columns: the columns that the input holds, if it is a part of a larger matrix; else None.
+
+    Returns:
+        A tensor of input's shape and dtype.
     """
     check_norm(input, norm, activation)
     tensors = norm.tensors() if norm else ()
@@ -98,10 +112,15 @@ def norm_act_dropout(
 
 
 class Tail(NamedTuple):
-    """What follows a product: settings of the normalisation, activation and dropout.
+    """Settings of the normalisation, activation and dropout that follow a product.
 
-    batch_stats: mean and variance are the input's own, so that its gradient goes through them as well. col_offset: see
-    `kernels.batch_norm.batch_norm_fwd`.
+    Attributes:
+        eps: added to the variance.
+        activation: name of an activation, or None.
+        p: probability of dropping an element.
+        col_offset: see `kernels.batch_norm.batch_norm_fwd`.
+        batch_stats: whether mean and variance depend on the input. The input's gradient then includes the terms of
+            their derivatives.
     """
 
     eps: float
@@ -112,7 +131,7 @@ class Tail(NamedTuple):
 
 
 def norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | None, p: float, col_offset: int) -> Tensor:
-    """`norm_act_dropout` of a matrix by the kernels. col_offset: see `kernels.batch_norm.batch_norm_fwd`."""
+    """`norm_act_dropout` of a matrix (M, N) by the kernels. For col_offset, see `kernels.batch_norm.batch_norm_fwd`."""
     (seed,) = draw_seeds(1, rows.device) if p else (None,)
     if norm is None:
         tail = Tail(0.0, activation, p, col_offset, batch_stats=False)
@@ -130,13 +149,13 @@ def norm_act_dropout_rows(rows: Tensor, norm: Norm | None, activation: str | Non
 
 
 def count_cumulative_batch(norm: Norm) -> None:
-    """Increment the count of a cumulative average (momentum None), which the kernels divide by; others they count."""
+    """Increment norm.batches if momentum is None. With a momentum, the kernels increment it themselves."""
     if norm.momentum is None and norm.batches is not None:
         norm.batches.add_(1)
 
 
 def move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: Tensor | int) -> None:
-    """Move the running averages by PyTorch operations, as the kernels do. var: the biased variance of `rows` rows."""
+    """Update the running averages as the kernels do, by PyTorch operations, from the biased variance of `rows` rows."""
     share: Any = norm.momentum
     if norm.batches is not None:
         norm.batches.add_(1)
@@ -147,7 +166,7 @@ def move_averages(norm: Norm, mean: Tensor, var: Tensor, rows: Tensor | int) -> 
 
 
 class NormActDropoutFunction(Function):
-    """dropout(act((input - mean) / sqrt(var + eps) weight + bias)) of a matrix (M, N), given the statistics (N,)."""
+    """dropout(act((input - mean) / sqrt(var + eps) weight + bias)) of a matrix (M, N), with given statistics (N,)."""
 
     @staticmethod
     def forward(
@@ -194,7 +213,7 @@ class NormActDropoutFunction(Function):
 
 
 def norm_act_dropout_by_torch(input: Tensor, norm: "NormArgs", seed: Tensor | None, tail: Tail) -> Tensor:
-    """The same as `NormActDropoutFunction`, with the same mask, by differentiable operations; it counts no batch."""
+    """`NormActDropoutFunction` by differentiable operations, with the same mask. Running averages are not updated."""
     again = None
     if norm.mean is not None:
         mean, var = (None, None) if tail.batch_stats else (norm.mean, norm.var)

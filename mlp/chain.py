@@ -6,12 +6,13 @@ Layer l turns its input M_{l-1} into M_l:
     backward    dW_l = dZ_l^T M_{l-1}              db_l = dZ_l^T 1
                 dZ_{l-1} = (dZ_l W_l) through dropout, act and norm of layer l-1
 
-A plain layer has nothing but an activation: the product's epilogue computes M_l and what the derivative needs, and the
-epilogue of dZ_l W_l applies the derivative. Any other layer keeps Z_l. One pass computes M_l from it, and backward
-computes M_l again where it needs it.
+A plain layer has no normalisation and no dropout. The epilogue of its product computes M_l and stores what the
+derivative of the activation needs; the epilogue of dZ_{l+1} W_{l+1} applies the derivative. Any other layer stores Z_l
+and computes M_l in a separate pass, except in inference by running averages, where the epilogue computes M_l. Backward
+may compute M_l again.
 """
 # pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportReturnType=false
-# (kernels are called only where launch.explain has found Triton; what is None depends on a layer's kind)
+# (kernels are called only where launch.explain has found Triton; which values are None depends on the layer)
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -49,22 +50,26 @@ if launch.HAS_TRITON:
 
 
 class Entrance(Protocol):
-    """The collective that brought a chain its input from other processes, and takes the input's gradient back."""
+    """A collective that is applied to the input of a chain. Its backward pass exchanges the input's gradient."""
 
     def __call__(self, input: Tensor) -> Tensor:
-        """The input, as a differentiable function of it."""
+        """Apply the collective to the input, differentiably."""
         ...
 
     def start(self, grad: Tensor) -> Callable[[], Tensor]:
-        """Start to send the input's gradient back. The returned call waits for the result."""
+        """Start the backward pass of the collective. The returned function waits for the gradient and returns it."""
         ...
 
 
 class Kept(NamedTuple):
-    """What forward keeps of a layer for backward.
+    """The tensors of a layer that forward keeps for backward.
 
-    postact: the output. preact: what the derivative is computed from; Z, unless the layer is plain. mean, var: of the
-    columns of Z. seed: of the dropout.
+    Attributes:
+        postact: the output.
+        preact: the tensor from which the derivative is computed: what the activation saves if the layer is plain,
+            else Z.
+        mean, var: mean and variance that normalise the columns of Z.
+        seed: seed of the dropout.
     """
 
     postact: Tensor | None
@@ -103,7 +108,7 @@ def _norm_args(layer: Layer, kept: Kept) -> "NormArgs":
 
 
 def _block_output(layer: Layer, kept: Kept) -> Tensor:
-    """The output of a layer that is not plain, from what is kept of it."""
+    """Compute the output of a layer that is not plain from its kept tensors."""
     norm = _norm_args(layer, kept)
     return batch_norm_fwd(kept.preact, *norm, layer.activation, layer.p, kept.seed, layer.offset)[0]
 
@@ -122,7 +127,7 @@ def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
 
 
 class Grads(NamedTuple):
-    """Gradients of a layer's Z and of the parameters of its normalisation."""
+    """The gradients of a layer's Z and of the parameters of its normalisation."""
 
     dz: Tensor
     norm_weight: Tensor | None = None
@@ -130,14 +135,14 @@ class Grads(NamedTuple):
 
 
 def _backward_top(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
-    """From the gradient of the chain's output to that of the last layer's Z."""
+    """Compute the gradients of the last layer from the gradient of the chain's output."""
     if layer.plain:
         return Grads(grad if layer.activation is None else activation_bwd(grad, layer.activation, kept.preact)[0])
     return _through_block(layer, kept, grad)
 
 
 def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Grads:
-    """From the gradient of a layer's Z to that of the layer below it."""
+    """Compute the gradients of the layer `below` from dz and weight of the layer that follows it."""
     if below.plain:
         return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
     if below.norm is None:
@@ -147,7 +152,7 @@ def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Gra
 
 
 def _through_block(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
-    """From the gradient of a layer's output to that of its Z and of the parameters of its normalisation."""
+    """Compute the gradients of a layer that is not plain from the gradient of its output."""
     norm, args = layer.norm, _norm_args(layer, kept)
     block = layer.activation, layer.p, kept.seed, layer.offset
     sums = dweight = dbias = None
@@ -165,13 +170,13 @@ Group = TypeVar("Group", Params, Kept)
 
 
 def _grouped(kind: type[Group], flat: Sequence[Any]) -> list[Group]:
-    """What a node's flat arguments, or its saved tensors, were before they were written one after the other."""
+    """Split the flat arguments or saved tensors of an autograd node into one tuple for each layer."""
     size = len(kind._fields)
     return [kind(*flat[first : first + size]) for first in range(0, len(flat), size)]
 
 
 class LinearFunction(Function):
-    """A chain on a matrix of rows. The layers come without their parameters; those follow, `Params` after `Params`."""
+    """A chain on a matrix of rows. `layers` hold no parameters; `params` are the fields of each layer's `Params`."""
 
     @staticmethod
     def forward(
@@ -216,7 +221,7 @@ class LinearFunction(Function):
 
 
 class _Backward(NamedTuple):
-    """The backward of a chain by the kernels, from the last layer down. needs: which parameters want a gradient."""
+    """The backward pass of a chain by the kernels. `needs` tells for each parameter whether it needs a gradient."""
 
     input: Tensor
     layers: Sequence[Layer]
@@ -225,7 +230,7 @@ class _Backward(NamedTuple):
     entrance: Entrance | None
 
     def run(self, grad_output: Tensor, input_needs: bool) -> tuple[Tensor | None, list[Params]]:
-        """The input's gradient, and every layer's."""
+        """Return the gradient of the input and the gradients of each layer's parameters."""
         lowest = 0 if input_needs else next(number for number, need in enumerate(self.needs) if any(need))
         grads = [Params() for _ in self.layers]
         unreduced: list[Unreduced] = []
@@ -233,7 +238,7 @@ class _Backward(NamedTuple):
         input_grad = finish = None
         for number in range(len(self.layers) - 1, lowest - 1, -1):
             if number == 0 and input_needs:
-                # Before the gradients of parameters, so that the collective runs beside them.
+                # Compute this before the gradients of the parameters, so that the collective overlaps with them.
                 (input_grad,) = linear_dgrad(found.dz, self.layers[0].weight)
                 finish = self.entrance.start(input_grad) if self.entrance else None
             grads[number] = self._parameter_grads(number, found, unreduced)
@@ -261,7 +266,7 @@ class _Backward(NamedTuple):
 
 
 def _without_recomputable(layer: Layer, kept: Kept) -> Kept:
-    """Without the output, if that can be computed again from the rest."""
+    """Drop the output if it can be computed again from the other kept tensors."""
     recomputable = not layer.plain or (layer.activation and ACTIVATIONS[layer.activation].saves == "preact")
     return kept._replace(postact=None) if recomputable else kept
 
@@ -271,7 +276,7 @@ def _output(layer: Layer, kept: Kept) -> Tensor:
 
 
 def _chain_by_torch(input: Tensor, layers: Sequence[Layer], params: Sequence[Params], kept: Sequence[Kept]) -> Tensor:
-    """The chain's output by differentiable operations, with the same dropout; it counts no batch."""
+    """The chain by differentiable operations, with the same dropout masks. Running averages are not updated."""
     for layer, (weight, bias, norm_weight, norm_bias), each in zip(layers, params, kept, strict=True):
         preact = torch.nn.functional.linear(input, weight, bias)
         norm = NormArgs(each.mean, each.var, norm_weight, norm_bias) if layer.norm else NormArgs()
@@ -284,7 +289,7 @@ def _chain_by_torch(input: Tensor, layers: Sequence[Layer], params: Sequence[Par
 def run_chain(
     input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
 ) -> Tensor:
-    """The chain on a matrix of rows, by the kernels. recompute: keep less for backward, and compute it again there."""
+    """Run a chain on a matrix of rows by the kernels. See `linear_chain` for the arguments."""
     params = [t for layer in layers for t in layer.params()]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
         bare = tuple(layer.with_params(Params()) for layer in layers)

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises an error that names the argument, what was given and what is allowed."""
+"""Checks of arguments. Each raises an error that names the argument, the value given and the values allowed."""
 
 from collections.abc import Sequence
 from operator import index
@@ -29,7 +29,7 @@ def check_device(name: str, t: Tensor, like: Tensor) -> None:
 
 
 def check_dtype(input: Tensor) -> None:
-    """Raise TypeError for an input of a dtype that no kernel computes in."""
+    """Raise TypeError for an input whose dtype is not supported."""
     if input.dtype not in FLOATING:
         raise TypeError(f"input: dtype {input.dtype}; allowed are float32, float16, bfloat16 and float64")
 
@@ -41,7 +41,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def check_activation(activation: str | None) -> None:
-    """Raise ValueError for a name that is no activation's."""
+    """Raise ValueError for an unknown activation name."""
     check_choice("activation", activation, ACTIVATION_NAMES)
 
 
@@ -52,7 +52,7 @@ def check_probability(name: str, p: float) -> None:
 
 
 def check_widths(in_features: Any, hidden_features: Any, out_features: Any) -> None:
-    """Raise TypeError or ValueError for widths of a net that are not positive integers."""
+    """Raise TypeError or ValueError if the widths of a net are not positive integers."""
     if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
         raise TypeError(f"hidden_features: {hidden_features!r}; must be a sequence of widths, such as [64, 64]")
     widths = {"in_features": [in_features], "hidden_features": hidden_features, "out_features": [out_features]}
@@ -74,7 +74,7 @@ def check_layer_tensors(input: Any, layers: Sequence[Layer]) -> None:
 
 
 def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
-    """Raise an error for layers that cannot be computed one after the other.
+    """Raise an error if layers cannot be applied to the input one after the other.
 
     Args:
         input: (*, in_features) of the first layer.
@@ -95,7 +95,7 @@ def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
         if features != weight.shape[1]:
             raise ValueError(
                 f"input: shape {tuple(input.shape)}; a weight of shape {tuple(weight.shape)} takes "
-                f"in_features = {weight.shape[1]}, and gets {features}"
+                f"in_features = {weight.shape[1]}, but gets {features}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: shape {tuple(bias.shape)}; expected (out_features,) = ({weight.shape[0]},)")
@@ -111,7 +111,7 @@ def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
 
 
 def check_norm(input: Any, norm: Norm | None, activation: str | None) -> None:
-    """Raise an error for an input that batch normalisation and an activation cannot take.
+    """Raise an error for an input to which batch normalisation and an activation cannot be applied.
 
     Args:
         input: (N, C, *), of a floating dtype; without a norm, of any shape.
@@ -120,12 +120,12 @@ def check_norm(input: Any, norm: Norm | None, activation: str | None) -> None:
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or activation; one value for each channel in training.
+        ValueError: a wrong shape, device or activation, or only one value for each channel in training.
     """
     check_is_tensor("input", input)
     check_dtype(input)
     check_activation(activation)
-    if norm is None or input.numel() == 0:  # PyTorch serves and checks an empty input
+    if norm is None or input.numel() == 0:  # PyTorch computes and checks an empty input
         return
     if input.dim() < 2:
         raise ValueError(f"input: shape {tuple(input.shape)}; expected (N, C, *)")
@@ -136,19 +136,24 @@ def check_norm_parameters(norm: Norm, channels: int, values: int, like: Tensor) 
     """Raise an error for a norm that does not fit its input.
 
     Args:
-        norm: parameters and running averages (C,) or None, of input's dtype or, beside a 16-bit one, of float32.
+        norm: parameters and running averages (C,) or None, of input's dtype; float32 is allowed as well if input's
+            dtype has 16 bits.
         channels: C.
-        values: how many values the input has in each channel.
+        values: number of values of the input in each channel.
         like: a tensor of input's dtype and device.
+
+    Raises:
+        TypeError: a wrong type or dtype, or no momentum although batches are not counted.
+        ValueError: a wrong shape or device, a missing running average, or only one value for each channel in training.
     """
     absent = norm.running_mean is None
     if absent != (norm.running_var is None) or (absent and not norm.batch_stats):
         missing = "running_mean" if absent else "running_var"
-        raise ValueError(f"{missing}: None; without training both running_mean and running_var are needed, else none")
+        raise ValueError(f"{missing}: None; running_mean and running_var must be given, or in training both be None")
     if norm.batch_stats and channels and values == 1:
         raise ValueError("input: expected more than 1 value per channel when training")
     if norm.batch_stats and norm.momentum is None and norm.batches is None and norm.running_mean is not None:
-        raise TypeError("momentum: None; must be a number where no batches are counted")
+        raise TypeError("momentum: None; must be a number if batches are not counted")
     allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
     for name in ("weight", "bias", "running_mean", "running_var"):
         given = getattr(norm, name)
@@ -163,7 +168,7 @@ def check_norm_parameters(norm: Norm, channels: int, values: int, like: Tensor) 
 
 
 def check_loss(input: Any, target: Any, weight: Any, options: LossOptions) -> None:
-    """Raise an error for arguments of a cross-entropy that do not fit together.
+    """Raise an error for invalid arguments of a cross-entropy.
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype.
@@ -182,20 +187,20 @@ def check_loss(input: Any, target: Any, weight: Any, options: LossOptions) -> No
         check_is_tensor("weight", weight)
         check_device("weight", weight, input)
     if not input.is_floating_point():
-        raise TypeError(f"input: dtype {input.dtype}; must be a floating one")
+        raise TypeError(f"input: dtype {input.dtype}; must be a floating dtype")
     if input.dim() == 0:
         raise ValueError("input: shape (); expected (C,), (N, C) or (N, C, d1, ...)")
     classes = input.shape[0 if input.dim() == 1 else 1]
     without_classes = () if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
     if target.is_floating_point():
         if target.shape != input.shape:
-            raise ValueError(f"target: shape {tuple(target.shape)}; probabilities need input's, {tuple(input.shape)}")
+            raise ValueError(f"target: shape {tuple(target.shape)}; probabilities need {tuple(input.shape)}")
         if options.ignore_index >= 0:
-            raise ValueError(f"ignore_index: {options.ignore_index}; class probabilities cannot be ignored")
+            raise ValueError(f"ignore_index: {options.ignore_index}; must be negative for class probabilities")
     elif target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"target: dtype {target.dtype}; allowed are int64, uint8 and, for probabilities, floating ones")
     elif target.shape != without_classes:
-        raise ValueError(f"target: shape {tuple(target.shape)}; class indices of this input need {without_classes}")
+        raise ValueError(f"target: shape {tuple(target.shape)}; class indices for this input need {without_classes}")
     if weight is not None and weight.shape != (classes,):
         raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({classes},)")
     check_choice("reduction", options.reduction, REDUCTIONS)
@@ -203,7 +208,7 @@ def check_loss(input: Any, target: Any, weight: Any, options: LossOptions) -> No
 
 
 def check_indices(target: Tensor, ignore_index: int, classes: int) -> None:
-    """Raise IndexError for a class index out of range. Waits for the device."""
+    """Raise IndexError for a class index out of range. This waits for the device."""
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise IndexError(f"target: {wrong[0].item()}; class indices go from 0 to {classes - 1}")

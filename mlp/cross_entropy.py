@@ -29,28 +29,30 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-sum_c w_c y_c log softmax(input)_c for every sample and place.
+    """-sum_c w_c y_c log softmax(input)_c for each sample and position.
 
     y is the one-hot target or the given probabilities.
 
     Args:
-        input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype. Under torch.autocast the loss is float32;
-            the logits are not copied.
-        target: class indices, of input's shape without C; or class probabilities, of input's shape.
-        weight: w, (C,); None: 1.
-        ignore_index: index of samples whose loss is 0.
-        reduction: "none" for a loss of input's shape without C; "sum"; or "mean", the sum divided by the weights of the
-            indices that are not ignored or, for probabilities, by the number of samples.
-        label_smoothing: in [0, 1], replaces y by (1 - label_smoothing) y + label_smoothing / C.
+        input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype.
+        target: class indices, int64 or uint8, of input's shape without C; or class probabilities, of input's shape and
+            a floating dtype.
+        weight: w, (C,), the weights of the classes; None means 1 for every class.
+        ignore_index: samples with this class index have loss 0.
+        reduction: "none" for the loss of each sample; "sum"; or "mean", the sum divided by the sum of the weights of
+            the indices that are not ignored. For probabilities, "mean" divides by the number of samples.
+        label_smoothing: in [0, 1]; replaces y by (1 - label_smoothing) y + label_smoothing / C.
 
     Returns:
-        The loss.
+        The loss: of input's shape without C for reduction "none", else (). It has input's dtype; under torch.autocast
+        it is float32, and the logits are not copied.
 
     Raises:
-        ValueError: a wrong shape, device, reduction or label_smoothing.
+        ValueError: a wrong shape, device, reduction, ignore_index or label_smoothing.
         TypeError: a wrong type or dtype.
-        IndexError: on the CPU, an index out of range. On a GPU, checking it would wait for the device. There nothing is
-            read at such an index, and loss and gradient of the sample are nan. FUSEMLP_DEBUG=1 enables the check.
+        IndexError: a class index out of range, on the CPU. On a GPU this is not checked, because the check would wait
+            for the device. No memory is read at such an index, and the sample's loss and gradient are nan. The
+            environment variable FUSEMLP_DEBUG=1 enables the check.
     """
     options = LossOptions(ignore_index, reduction, label_smoothing)
     check_loss(input, target, weight, options)
@@ -73,22 +75,22 @@ def cross_entropy(
 
 
 def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Tensor:
-    """The gradient of the loss of each row.
+    """Expand the gradient of the loss to one value for each row.
 
     Args:
         grad_output: gradient of the loss, (N, S) for reduction "none", else ().
         samples: N and S.
-        reduction: of the loss.
+        reduction: reduction of the loss.
 
     Returns:
-        (N S,). A mean's division by the total weight is left to the caller.
+        (N S,). For reduction "mean" it is not divided by the total weight.
     """
     N, S = samples
     return grad_output.expand(N, S).reshape(-1) if reduction == "none" else grad_output.reshape(1).expand(N * S)
 
 
 def cross_entropy_by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
-    """The same loss by differentiable operations of PyTorch. logits: (N, C, S); options.float32: see `LossOptions`."""
+    """The loss of logits (N, C, S) by differentiable operations of PyTorch."""
     logits = logits.float() if options.float32 and logits.dtype != torch.float64 else logits
     return torch.nn.functional.cross_entropy(logits, target, weight, **options.keywords())
 

@@ -1,4 +1,4 @@
-"""Dropout. Backward needs the seed alone: the mask is a function of the seed and of an element's place."""
+"""Dropout. The mask is a function of a seed and the position of an element, so backward needs only the seed."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -20,13 +20,13 @@ if launch.HAS_TRITON:
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability p and multiply the others by 1 / (1 - p).
 
-    The mask depends on a seed, which is drawn from torch's generator of the input's device, and on an element's place.
-    Nothing but the seed is stored for backward.
+    The mask depends on a seed, which is drawn from PyTorch's generator of the input's device, and on the position of
+    the element. Only the seed is stored for backward.
 
     Args:
-        input: any shape, floating dtype.
-        p: probability of dropping an element.
-        training: without it the input is returned as it is.
+        input: any shape, of a floating dtype.
+        p: probability of dropping an element, in [0, 1].
+        training: if False, the input is returned unchanged.
 
     Returns:
         A tensor of input's shape and dtype.
@@ -41,7 +41,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 
 def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
-    """Dropout with 0 < p <= 1. columns: the columns of the whole matrix that the input is; None: all of them."""
+    """Dropout with 0 < p <= 1. `columns` are those that the input holds, if it is a part of a larger matrix."""
     if launch.explain(input, product=False).backend == "torch":
         return reference.dropout(input, p, columns)
     if p == 1:
@@ -52,7 +52,7 @@ def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
 
 
 class DropoutFunction(Function):
-    """Dropout of a matrix. It is linear: its derivatives of every order are dropouts with the same seed."""
+    """Dropout of a matrix. It is linear, so its derivatives of every order are dropouts with the same seed."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, seed: Tensor, p: float, col_offset: int) -> Tensor:

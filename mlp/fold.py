@@ -11,26 +11,29 @@ CHECKED_ROWS = 64
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy of the module, for evaluation, in which each BatchNorm1d is folded into the Linear before it.
+    """Copy a module for inference, and fold each BatchNorm1d of the copy into the Linear layer before it.
 
-    This is done in every Sequential and MLP of the module. For Linear (w, b) and BatchNorm1d with running mean m,
-    running variance v, weight g and bias s, the new Linear has weight g w / sqrt(v + eps) and bias
-    g (b - m) / sqrt(v + eps) + s, computed in float64. These are not folded: normalisations without running averages,
-    modules with hooks or parametrizations, and modules that are used more than once. Each folded layer is compared with
-    the original two on normally distributed input.
+    This applies to every Sequential and MLP in the module. Let the Linear layer have weight w and bias b, and the
+    BatchNorm1d running mean m, running variance v, weight g and bias s. The new Linear layer has weight
+    g w / sqrt(v + eps) and bias g (b - m) / sqrt(v + eps) + s, computed in float64. Each folded layer is compared with
+    the two original layers on normally distributed input.
+
+    Batch norms without running averages, modules with hooks or parametrizations, and modules that are used more than
+    once are not folded.
 
     Args:
-        module: in evaluation mode.
+        module: a module in evaluation mode. It is not changed.
 
     Returns:
-        The copy.
+        The folded copy.
 
     Raises:
         ValueError: the module is in training mode.
-        RuntimeError: results of a folded layer differ by more than sqrt(eps) of the largest, with eps of the dtype.
+        RuntimeError: the output of a folded layer differs from the original by more than sqrt(eps) times the largest
+            absolute output, where eps is the machine epsilon of the dtype.
     """
     if any(child.training for child in module.modules()):
-        raise ValueError("module: in training mode; call eval() first: folding fixes the running statistics")
+        raise ValueError("module: in training mode; call eval() first, because folding fixes the statistics")
     folded = copy.deepcopy(module)
     uses = Counter(id(child) for parent in folded.modules() for child in parent._modules.values())
     for sequential in [each for each in folded.modules() if isinstance(each, nn.Sequential)]:
@@ -79,5 +82,5 @@ def _fold(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
     expected, found = norm(linear(x)), folded(x)
     error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     if not error <= torch.finfo(found.dtype).eps ** 0.5 * largest:
-        raise RuntimeError(f"folding {linear} and {norm} changes results of up to {largest:.3g} by {error:.3g}")
+        raise RuntimeError(f"folding {linear} and {norm} changes results by {error:.3g}; the largest is {largest:.3g}")
     return folded

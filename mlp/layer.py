@@ -1,4 +1,4 @@
-"""The parts of a layer: a linear layer, and the normalisation, activation and dropout of its output."""
+"""Description of a layer: a linear layer, and the normalisation, activation and dropout of its output."""
 
 from typing import Any, NamedTuple
 
@@ -6,18 +6,27 @@ from torch import Tensor
 
 
 class Columns(NamedTuple):
-    """The columns of a matrix that a shard of it holds: from `first` on; the whole matrix has `total`."""
+    """The columns that a part of a larger matrix holds.
+
+    Attributes:
+        first: index of the first column in the larger matrix.
+        total: number of columns of the larger matrix.
+    """
 
     first: int
     total: int
 
 
 class Norm(NamedTuple):
-    """Batch normalisation of the next input, in the order of torch.nn.functional.batch_norm's arguments.
+    """Batch normalisation of the next input. The first fields are the arguments of torch.nn.functional.batch_norm.
 
-    running_mean, running_var, weight, bias: (C,) or None. batch_stats: normalise by the statistics of the batch, and
-    move the running averages, if there are any, by momentum (None: average over all batches); else normalise by the
-    running averages. batches: how many batches have been seen, () int64, or None.
+    Attributes:
+        running_mean, running_var, weight, bias: (C,) or None.
+        batch_stats: whether to normalise by the statistics of the batch and to update the running averages, if there
+            are any. Otherwise the running averages normalise the input.
+        momentum: weight of the new batch in the running averages; None for the average over all batches.
+        eps: added to the variance.
+        batches: number of batches so far, () int64, or None.
     """
 
     running_mean: Tensor | None = None
@@ -30,11 +39,12 @@ class Norm(NamedTuple):
     batches: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors of the normalisation."""
         return self.running_mean, self.running_var, self.weight, self.bias, self.batches
 
 
 class Params(NamedTuple):
-    """The parameters of a layer, or their gradients, or what is asked of each."""
+    """The parameters of a layer, or one value for each parameter, such as its gradient."""
 
     weight: Any = None
     bias: Any = None
@@ -43,9 +53,15 @@ class Params(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer and what is applied to its output: norm, then activation, then dropout with probability p < 1.
+    """A linear layer, and the normalisation, activation and dropout that are applied to its output in this order.
 
-    columns: the columns of the whole output that this layer computes; None if it computes all of them.
+    Attributes:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        activation: name of an activation, or None.
+        norm: the normalisation, or None.
+        p: probability of dropping an element, below 1.
+        columns: the columns of the whole output that this layer computes; None if it computes all of them.
     """
 
     weight: Tensor
@@ -57,18 +73,20 @@ class Layer(NamedTuple):
 
     @property
     def offset(self) -> int:
+        """Index of this layer's first column in the whole output."""
         return self.columns.first if self.columns else 0
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but an activation follows the product."""
+        """Whether at most an activation follows the product."""
         return self.norm is None and not self.p
 
     def params(self) -> Params:
+        """The parameters of the linear layer and the normalisation."""
         norm = self.norm or Norm()
         return Params(self.weight, self.bias, norm.weight, norm.bias)
 
     def with_params(self, params: Params) -> "Layer":
-        """The same layer on other parameters."""
+        """The same layer with other parameters."""
         norm = self.norm and self.norm._replace(weight=params.norm_weight, bias=params.norm_bias)
         return self._replace(weight=params.weight, bias=params.bias, norm=norm)

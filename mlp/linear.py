@@ -20,23 +20,23 @@ from .second_order import differentiable_grads
 def linear_chain(
     input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
 ) -> Tensor:
-    """Linear layers, each with its normalisation, activation and dropout, as one autograd node.
+    """Apply linear layers, each with its normalisation, activation and dropout, as one autograd node.
 
     Args:
-        input: (*, in_features); (N, in_features) if a layer normalises. Under torch.autocast, input, weights and biases
-            are cast to its dtype.
-        layers: with weights (out_features, in_features) and biases (out_features,) or None, all of input's floating
-            dtype and device.
-        recompute: keep less for backward, and compute it again there.
-        entrance: the collective that brought the input from other ranks. It sends the input's gradient back while the
-            kernels compute those of the parameters.
+        input: (*, in_features) of the first layer, float32, float16, bfloat16 or float64; (N, in_features) if a layer
+            normalises.
+        layers: the layers in order. Weights are (out_features, in_features) and biases (out_features,) or None, all of
+            input's dtype and device. Under torch.autocast, input, weights and biases are cast.
+        recompute: whether to keep fewer tensors for backward and compute them again there.
+        entrance: a collective that is applied to the input, or None. Its backward pass overlaps with the computation
+            of the parameters' gradients.
 
     Returns:
-        (*, out_features of the last layer).
+        (*, out_features) of the last layer, of input's dtype or that of torch.autocast.
 
     Raises:
         ValueError: a wrong shape, device or activation name.
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
     """
     check_layer_tensors(input, layers)
     input = autocast(input)
@@ -49,7 +49,7 @@ def linear_chain(
     if launch.explain(input, *params).backend == "torch":
         return _chain_by_torch(input, layers, entrance)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    # Under torch.compile each pass is one operator. Results of the fused ones have shapes that depend on tile sizes.
+    # Under torch.compile, operators must not change their arguments, but the chain's kernels update running averages.
     if torch.compiler.is_compiling() and not all(layer.plain for layer in layers):
         output = _pass_by_pass(entrance(rows) if entrance else rows, layers)
     else:
@@ -58,7 +58,7 @@ def linear_chain(
 
 
 def _pass_by_pass(rows: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """The chain by the kernels, as separate products and elementwise passes."""
+    """The chain by the kernels, with products and the passes that follow them as separate autograd nodes."""
     for layer in layers:
         rows = run_chain(rows, [layer if layer.plain else Layer(layer.weight, layer.bias)])
         if not layer.plain:
@@ -117,22 +117,32 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """act(input weight^T + bias).
 
     Args:
-        input: (*, in_features), float32, float16, bfloat16 or float64. Under torch.autocast all arguments are cast.
+        input: (*, in_features), float32, float16, bfloat16 or float64. Under torch.autocast all tensors are cast.
         weight: (out_features, in_features), of input's dtype and device.
         bias: (out_features,) or None, of input's dtype and device.
         activation: None, "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh" or "relu6", as
             PyTorch defines them.
 
     Returns:
-        (*, out_features).
+        (*, out_features), of input's dtype or that of torch.autocast.
 
     Raises:
         ValueError: a wrong shape, device or activation name.
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
     """
     return linear_chain(input, [Layer(weight, bias, activation)])
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(input weight^T + bias): `linear` with the activation "relu"."""
+    """relu(input weight^T + bias), which is `linear` with the activation "relu".
+
+    Args:
+        input, weight, bias: see `linear`.
+
+    Returns:
+        (*, out_features), of input's dtype or that of torch.autocast.
+
+    Raises:
+        ValueError, TypeError: as `linear` does.
+    """
     return linear(input, weight, bias, "relu")

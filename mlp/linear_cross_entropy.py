@@ -1,4 +1,4 @@
-"""A classifier's last layer and its loss as one operation, which never holds all of the logits."""
+"""The last layer of a classifier and its loss as one operation that need not store all logits."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -33,32 +33,31 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
 ) -> Tensor:
-    """cross_entropy(linear(input, linear_weight, linear_bias), target, weight, ...) without holding all of the logits.
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, weight, ...) without storing all logits.
 
-    On a GPU, logits of more than 512 MiB, or of more than 1/256 of its memory, are computed in chunks of rows. Nothing
-    of their size is kept. The gradients of a mean or a sum are computed beside the loss; backward multiplies them by
-    the gradient of the loss, unless that is 1, which rounds them once more. Without a reduction, and in float16, the
-    gradients need the gradient of the loss: backward then computes the logits again. It also does so when it is called
-    a second time.
+    On a GPU, logits of more than 512 MiB or more than 1/256 of the GPU's memory are computed in chunks of rows, and no
+    tensor of their size is stored. For a mean or a sum, the gradients are computed together with the loss. Backward
+    multiplies them by the gradient of the loss and thereby rounds them once more, unless that gradient is 1. Without a
+    reduction, in float16, and if backward is called a second time, backward computes the logits again.
+
+    If the input has more than two dimensions, linear_weight is (C, d1, ..., in_features), or target is probabilities
+    that require gradients, the logits are computed as a whole.
 
     Args:
-        input: (N, in_features) or (in_features,).
-        linear_weight: (C, in_features), of input's floating dtype. Under torch.autocast the product is in the dtype of
-            autocast and the loss in float32.
+        input: (N, in_features) or (in_features,), of a floating dtype.
+        linear_weight: (C, in_features), of input's dtype. Under torch.autocast the product is computed in autocast's
+            dtype and the loss in float32.
         target: see `cross_entropy`.
         linear_bias: (C,) or None, of input's dtype.
         weight, reduction, ignore_index, label_smoothing: see `cross_entropy`.
-        options: a torch.nn.LinearCrossEntropyOptions, or anything with its `batch_chunk_size` and `chunking_method`,
-            for cases in which memory is short: chunks of `batch_chunk_size` rows or, with any method, chunks whose
-            logits take 2 N in_features bytes. It is slower, and the gradient of the weight may be rounded after every
-            chunk. The other options have no effect: backward can be called again, and can be differentiated. Where
-            PyTorch serves the tensors, its own implementation takes the options.
-
-    An input of more dimensions, a weight (C, d1, ..., in_features) and probabilities that need gradients are computed
-    one operation after the other.
+        options: a torch.nn.LinearCrossEntropyOptions, or an object with its attributes `batch_chunk_size` and
+            `chunking_method`, to use less memory: chunks of `batch_chunk_size` rows or, if that is None, chunks whose
+            logits take at most 2 N in_features bytes. This is slower, and the gradient of linear_weight may be rounded
+            after every chunk. The kernels ignore the other options. If PyTorch computes the loss, the options are
+            passed to torch.nn.functional.linear_cross_entropy.
 
     Returns:
-        The loss, as `cross_entropy` does.
+        The loss, see `cross_entropy`.
 
     Raises:
         TypeError, ValueError, IndexError: as `linear` and `cross_entropy` do.
@@ -101,7 +100,7 @@ def _rows_at_once(rows: Tensor, classes: int, options: Any) -> int:
 
 
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The logits, also of a weight of more dimensions (C, d1, ..., in_features), which only PyTorch computes."""
+    """Compute the logits. A weight (C, d1, ..., in_features) is computed by PyTorch."""
     if weight.dim() == 2:
         return linear(input, weight, bias)
     flat = torch.nn.functional.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
@@ -109,7 +108,12 @@ def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Chunks(NamedTuple):
-    """How rows are computed: so many at once, in little memory or not; see `kernels.linear_cross_entropy`."""
+    """How the rows are split into chunks.
+
+    Attributes:
+        rows: number of rows of a chunk.
+        spare_memory: whether sums over chunks may be rounded after each chunk, to save memory.
+    """
 
     rows: int
     spare_memory: bool
@@ -130,7 +134,7 @@ class LinearCrossEntropyFunction(Function):
         options: LossOptions,
     ) -> Tensor:
         ctx.chunks, ctx.options = chunks, options
-        # In float16 a gradient that has not been multiplied by the scale of the loss would vanish.
+        # In float16, gradients would underflow before they are multiplied by the scale of the loss.
         early = options.reduction != "none" and x.dtype != torch.float16
         wanted = ctx.needs_input_grad[:3] if early else (False,) * 3
         loss, *grads = kernel.linear_cross_entropy(x, w, b, target, weight, None, wanted, *chunks, *options)
@@ -148,7 +152,7 @@ class LinearCrossEntropyFunction(Function):
         if torch.is_grad_enabled() and not compiling:
 
             def again(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-                # Targets (N,), not (N, 1): of a second dimension PyTorch adds up losses on CUDA in no fixed order.
+                # Targets must be (N,), not (N, 1), for which PyTorch sums losses on CUDA in no fixed order.
                 logits = torch.nn.functional.linear(x, w, b)
                 return cross_entropy_by_torch(logits, target.squeeze(-1), weight, options).view_as(grad_output)
 
@@ -164,7 +168,7 @@ class LinearCrossEntropyFunction(Function):
         elif compiling:
             grads = [grad * grad_output for grad in grads]
         else:
-            # Multiplied in place, since they may be as large as the weight; so they serve only once.
+            # The gradients may be as large as the weight, so they are multiplied in place and can be used only once.
             if not ctx.unused:
                 grads = grads_for(None)
             ctx.unused = False

@@ -4,7 +4,12 @@ from typing import Any, NamedTuple
 
 
 class LossOptions(NamedTuple):
-    """The options of torch.nn.functional.cross_entropy. float32: the loss of 16-bit logits is float32 (autocast)."""
+    """The options of torch.nn.functional.cross_entropy.
+
+    Attributes:
+        ignore_index, reduction, label_smoothing: see `cross_entropy.cross_entropy`.
+        float32: whether the loss of 16-bit logits is float32, as under torch.autocast.
+    """
 
     ignore_index: int = -100
     reduction: str = "mean"
@@ -12,7 +17,7 @@ class LossOptions(NamedTuple):
     float32: bool = False
 
     def keywords(self) -> dict[str, Any]:
-        """Those that PyTorch's functions take by name."""
+        """The options as keyword arguments of PyTorch's functions."""
         return {
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,

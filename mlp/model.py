@@ -1,4 +1,4 @@
-"""MLP: an nn.Sequential of linear layers, run as fused layers wherever this gives the same results."""
+"""MLP, an nn.Sequential that runs linear layers and the modules after them as fused layers."""
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
@@ -41,14 +41,15 @@ SATURATING = ("sigmoid", "tanh")
 def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
     """Initialise a linear layer in place.
 
-    "he": std sqrt(2 / in_features) (He et al. 2015). "xavier": std sqrt(2 / (in_features + out_features)) (Glorot and
-    Bengio 2010). "orthogonal": Saxe et al. 2014. "torch": as torch.nn.Linear does. "auto": "xavier" for saturating
-    activations and without an activation, else "he". The bias is set to zero, except for "torch".
+    "he" draws normal weights with standard deviation sqrt(2 / in_features) (He et al. 2015), and "xavier" with
+    sqrt(2 / (in_features + out_features)) (Glorot and Bengio 2010). "orthogonal" draws an orthogonal matrix (Saxe et
+    al. 2014). "torch" keeps the initialisation of torch.nn.Linear. "auto" is "xavier" for saturating activations and
+    without an activation, else "he". The bias is set to zero, except with "torch".
 
     Args:
         layer: the layer.
-        init: one of these names.
-        activation: activation of the net, or None.
+        init: "auto", "he", "xavier", "orthogonal" or "torch".
+        activation: name of the net's activation, or None.
     """
     if init == "torch":
         return
@@ -70,20 +71,21 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
 class MLP(nn.Sequential):
     """A multilayer perceptron: Linear[, BatchNorm1d], activation[, Dropout] for each hidden width, then Linear.
 
-    It has the state_dict keys of an nn.Sequential of these modules. A slice of it is an nn.Sequential.
+    The state_dict keys are those of an nn.Sequential of these modules. A slice of an MLP is an nn.Sequential.
 
     Args:
         in_features: width of the input, (*, in_features); with batch_norm, (N, in_features).
         hidden_features: width of each hidden layer, at least 1; may be empty.
         out_features: width of the output, (*, out_features).
-        activation: after every hidden layer; see `functional.linear`.
+        activation: name of the activation after every hidden layer, see `functional.linear`; or None.
         batch_norm: whether to normalise between the linear layer and the activation.
-        dropout: probability, in [0, 1], of dropping an element after the activation; for 0 there is no dropout module.
+        dropout: probability, in [0, 1], of dropping an element after the activation. With 0 there is no dropout module.
         bias: whether the linear layers have a bias.
         init: "auto", "he", "xavier", "orthogonal" or "torch"; see `init_linear`.
         checkpoint: whether to keep only one tensor of each hidden layer for backward and compute the others again. The
-            kernels keep the output of the linear layer, which saves a product; PyTorch keeps the layer's input.
-        device, dtype: of parameters and buffers.
+            kernels keep the output of the linear layer, so that its product is not repeated. PyTorch keeps the input
+            of the layer.
+        device, dtype: device and dtype of parameters and buffers.
 
     Raises:
         ValueError: an argument is out of range.
@@ -142,24 +144,24 @@ class MLP(nn.Sequential):
             if len(block) == 1:
                 input = self.run(block, input)
             else:
-                # torch.compile takes no context_fn. It recomputes values, without side effects on modules.
+                # torch.compile does not support context_fn, and its recomputation does not change modules.
                 compiling = torch.compiler.is_compiling()
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
                 input = recompute(self.run, block, input, use_reentrant=False, **contexts)
         return input
 
     def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-        """Run modules one after the other. recompute: see `run_fused`. Subclasses override this method."""
+        """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
         return run_fused(modules, input, recompute)
 
 
 def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-    """Compute what calling the modules one after the other computes, with linear layers and what follows them fused.
+    """Run modules one after the other, with linear layers and the modules that follow them fused.
 
     Args:
-        modules: what to run.
+        modules: the modules.
         input: input of the first module.
-        recompute: keep less of the fused layers for backward, and compute it again there.
+        recompute: whether to keep fewer tensors of the fused layers for backward and compute them again there.
 
     Returns:
         The output of the last module.
@@ -173,7 +175,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
         if layer is not None:
             layers.append(layer)
         if layer is None or one_node_per_layer:
-            # In data-parallel training, one autograd node per layer lets gradients be reduced layer by layer.
+            # In data-parallel training, gradients can be reduced layer by layer if each layer is an autograd node.
             input = linear_chain(input, layers, recompute) if layers else input
             layers = []
         if layer is None:
@@ -182,10 +184,12 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
 
 
 def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
-    """The layer that begins at a position, and the number of its modules.
+    """Find the layer that begins at a position.
 
-    A layer is a linear module and, in this order, any of batch norm, activation and dropout. If none begins at the
-    position, the result is None and 1.
+    A layer is a linear module and, in this order, optional batch norm, activation and dropout.
+
+    Returns:
+        The layer and the number of its modules; None and 1 if no layer begins at the position.
     """
     linear = modules[position]
     if not isinstance(linear, nn.Linear) or not is_plain(linear):
@@ -204,12 +208,12 @@ def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[L
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The kernels' name for an activation module; None for other modules, or other parameters of it."""
+    """The name of an activation module; None for other modules and for activations with unsupported parameters."""
     return _NAMES.get(_kind(module))
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """Everything that the result of an activation module depends on."""
+    """The type and attributes that determine the result of an activation module."""
     get = vars(module).get
     return type(module), get("approximate"), get("negative_slope"), get("alpha"), get("min_val"), get("max_val")
 
@@ -225,7 +229,7 @@ FORWARDS = {
 
 
 def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool:
-    """Whether calling the module does nothing but run the forward of its class, so that it can be fused.
+    """Whether calling the module only runs the forward of its class, so that it can be fused.
 
     Args:
         module: the module.
@@ -258,13 +262,13 @@ def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _recompute_contexts(block: Sequence[nn.Module]):
-    """The contexts in which `torch.utils.checkpoint` computes a block for the first and second time."""
+    """The contexts in which `torch.utils.checkpoint` runs a block the first and the second time."""
     return nullcontext(), _as_the_first_time([(m, m.training) for part in block for m in part.modules()])
 
 
 @contextmanager
 def _as_the_first_time(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Put modules in the modes of the first forward. Buffers are copied, so that batch norm counts no batch twice."""
+    """Restore the modes that modules had in the first forward. Copy buffers, so that they are not updated twice."""
     found = [(module, module.training, module._buffers) for module, _ in modes]
     for module, training in modes:
         module.training = training

@@ -15,7 +15,7 @@ class Linear(torch.nn.Linear):
     """torch.nn.Linear on the fused kernels: input weight^T + bias.
 
     Args:
-        in_features, out_features, bias, device, dtype: see torch.nn.Linear, whose initialisation is kept.
+        in_features, out_features, bias, device, dtype: see torch.nn.Linear. The initialisation is the same.
 
     Input is (*, in_features) and output (*, out_features). weight is (out_features, in_features), and bias is
     (out_features,) or None.
@@ -29,20 +29,20 @@ class Linear(torch.nn.Linear):
 
 
 class LinearReLU(Linear):
-    """relu(input weight^T + bias) in one kernel. Everything else is as in `Linear`."""
+    """relu(input weight^T + bias) in one kernel. Arguments, shapes and errors are those of `Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu(input, self.weight, self.bias)
 
 
 class Dropout(torch.nn.Dropout):
-    """torch.nn.Dropout that stores nothing but a seed; see `functional.dropout`.
+    """torch.nn.Dropout that stores only a seed for backward; see `functional.dropout`.
 
     Args:
-        p: probability of dropping an element.
-        inplace: accepted, but the input is not changed.
+        p: probability of dropping an element, in [0, 1].
+        inplace: accepted but ignored; the input is not changed.
 
-    Input and output have any shape.
+    Input and output have the same shape, which may be any.
 
     Raises:
         ValueError: p is not in [0, 1].
@@ -56,8 +56,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     """torch.nn.BatchNorm1d on the fused kernels; see `functional.batch_norm`.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: see torch.nn.BatchNorm1d. With momentum
-            None the running averages are over all batches; this does not wait for the device.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: see torch.nn.BatchNorm1d. With
+            momentum=None, which means averages over all batches, a call does not wait for the device.
 
     Input and output are (N, C) or (N, C, L). Parameters and running averages are (C,); num_batches_tracked is ().
 
@@ -95,7 +95,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Input is (C,), (N, C) or (N, C, d1, ...); target is class indices or probabilities.
 
     Raises:
-        ValueError, TypeError, IndexError: when it is called, as the function does.
+        ValueError, TypeError, IndexError: when it is called, as `functional.cross_entropy` does.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -112,20 +112,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     """A linear layer and the cross-entropy of its output; see `functional.linear_cross_entropy`.
 
-    Constructor and state_dict keys are those of torch.nn.LinearCrossEntropyLoss, which exists from PyTorch 2.13 on.
+    Constructor and state_dict keys are those of torch.nn.LinearCrossEntropyLoss, which PyTorch has since version 2.13.
 
     Args:
         in_features: width of the input, (N, in_features).
-        num_classes, out_features: target is indices (N, *out_features) or probabilities
-            (N, num_classes, *out_features).
-        bias: whether the linear layer has one.
-        device, dtype: of the parameters.
-        reduction, label_smoothing, options: see the function.
-        weight: (num_classes,) or None.
-        ignore_index: None for -100.
+        num_classes: C, the number of classes.
+        out_features: further dimensions of the output. The target is class indices (N, *out_features) or probabilities
+            (N, C, *out_features).
+        bias: whether the linear layer has a bias.
+        device, dtype: device and dtype of the parameters.
+        reduction, label_smoothing, options: see `functional.linear_cross_entropy`.
+        weight: (C,), the weights of the classes, or None.
+        ignore_index: see `functional.cross_entropy`; None means -100.
 
     Raises:
-        ValueError, TypeError, IndexError: when it is called, as the function does.
+        ValueError, TypeError, IndexError: when it is called, as `functional.linear_cross_entropy` does.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The definition of every operation in plain PyTorch. It serves the CPU, second derivatives and the tests."""
+"""The definition of every operation in plain PyTorch, used on the CPU, for second derivatives and in tests."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """act(input weight^T + bias). input (*, in_features), weight (out_features, in_features), bias (out_features,)."""
+    """act(input weight^T + bias). Shapes: (*, in_features), (out_features, in_features) and (out_features,)."""
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
 
 
@@ -38,7 +38,7 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
         norm.batches.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.batches)
-    if input.shape == (len(input), 0) and norm.batch_stats:  # PyTorch raises an error for it
+    if input.shape == (len(input), 0) and norm.batch_stats:  # PyTorch raises an error for this shape
         return input * (1 if norm.weight is None else norm.weight) + (0 if norm.bias is None else norm.bias)
     return F.batch_norm(
         input,
@@ -58,7 +58,8 @@ def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
     Args:
         input: any shape; with columns, (*, part).
         p: probability of dropping an element.
-        columns: the columns of a larger input that this one is. The mask is these columns of the larger input's mask.
+        columns: the columns that the input holds, if it is a part of a larger matrix. The mask is then the same part of
+            the larger matrix's mask.
     """
     if columns is None:
         return F.dropout(input, p)
@@ -69,7 +70,7 @@ def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
 def block(
     input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0, columns: Columns | None = None
 ) -> Tensor:
-    """dropout(act(norm(input))): what a layer applies to the output of its product."""
+    """dropout(act(norm(input))), which a layer applies to the output of its product."""
     normalized = input if norm is None else normalize(input, norm)
     output = ACTIVATIONS[activation](normalized)
     return dropout(output, p, columns) if p else output

@@ -9,21 +9,21 @@ from torch import Tensor
 def differentiable_grads(
     grad_output: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool], function: Callable[..., Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of `function` as differentiable functions of its inputs, by PyTorch operations.
+    """Compute gradients of `function` by PyTorch operations, so that autograd can differentiate them again.
 
-    Autograd enables grad mode inside a backward exactly when it was asked for create_graph=True; a backward calls this
-    then.
+    A backward function calls this if grad mode is enabled. Autograd enables it inside a backward function if and only
+    if the caller requested create_graph=True.
 
     Args:
         grad_output: gradient of the function's output.
-        inputs: what the function takes.
-        wanted: for each input, whether its gradient is asked for.
-        function: the same computation as the kernels', by PyTorch operations.
+        inputs: arguments of the function.
+        wanted: for each input, whether its gradient is needed.
+        function: the computation of the kernels, by PyTorch operations.
 
     Returns:
         A gradient for each input, None where it is not wanted.
     """
-    # Views, so that one tensor given twice gets a gradient for each place.
+    # Make views, so that a tensor that is given twice gets a gradient for each argument.
     leaves = [t if t is None else t.view_as(t) for t in inputs]
     with torch.autocast(grad_output.device.type, enabled=False):
         output = function(*leaves)

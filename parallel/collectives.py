@@ -264,7 +264,7 @@ class _ScatterRows(Function):
 class CopyToRanks:
     """The identity in the forward pass. In the backward pass the gradient is summed over the ranks.
 
-    Use it for an input that is the same on every rank, when each rank computes only a part of the output from it.
+    Use it for an input that is the same on every rank, if each rank computes only a part of the output from it.
     """
 
     def __init__(self, ranks: Ranks) -> None:

@@ -35,7 +35,7 @@ if launch.HAS_TRITON:
 
 
 class Shard(NamedTuple):
-    """The classes that this rank has.
+    """The part of the classes that this rank holds.
 
     Attributes:
         ranks: The ranks that share the classes.
@@ -62,21 +62,21 @@ def vocab_parallel_cross_entropy(
     """`functional.cross_entropy` of logits whose classes are split over the ranks of a device mesh with one dimension.
 
     Args:
-        logits_shard: (N, part) or (N, part, d1, ...), the classes of this rank, split as `ColumnParallelLinear` splits
-            its output.
-        target: Indices (N, d1, ...) among all classes, the same on every rank; or the probabilities of this rank's
-            classes, of the shape of logits_shard.
+        logits_shard: (N, part) or (N, part, d1, ...), of a floating dtype: the logits of this rank's classes, split as
+            `ColumnParallelLinear` splits its output.
+        target: Class indices (N, d1, ...) among all C classes, the same on every rank; or the probabilities of this
+            rank's classes, of the shape of logits_shard and a floating dtype.
         weight: (C,), the weights of all classes, or None.
         mesh: The ranks that share the classes.
         ignore_index, reduction, label_smoothing: See `functional.cross_entropy`.
-        classes: C; needed if it is not a multiple of the number of ranks.
+        classes: C. It must be given if it is not a multiple of the number of ranks.
 
     Returns:
-        The loss, the same on every rank; see `functional.cross_entropy`.
+        The loss, the same on every rank: (N, d1, ...) for reduction "none", else (). See `functional.cross_entropy`.
 
     Raises:
-        ValueError: If this rank's part does not have the size that `classes` gives it; otherwise see
-            `functional.cross_entropy`.
+        ValueError: If the mesh has several dimensions, or the number of this rank's classes does not fit `classes`;
+            also as `functional.cross_entropy` does.
         TypeError, IndexError: As `functional.cross_entropy` does.
     """
     ranks = Ranks.of(mesh)
@@ -88,7 +88,7 @@ def vocab_parallel_cross_entropy(
     part = ranks.part(total)
     if part.stop - part.start != C:
         raise ValueError(
-            f"classes: {total} on {ranks.size} ranks gives this one {part.stop - part.start}, and it has {C}"
+            f"classes: {total} on {ranks.size} ranks give this one {part.stop - part.start}, but logits_shard has {C}"
         )
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     seen = logits_shard if probabilities else logits_shard.new_empty(()).expand(N, total, *places)
@@ -122,7 +122,7 @@ def _weights(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard
 
 
 def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, options: LossOptions) -> Tensor:
-    """The loss of logits (N, C, S) by differentiable operations of PyTorch and one all-gather."""
+    """The loss of logits (N, C, S), computed by differentiable operations of PyTorch and one all-gather."""
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     q = _weights(logits, target, weight, shard, options.label_smoothing)
@@ -149,7 +149,7 @@ def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard
 
 
 class VocabParallelCrossEntropyFunction(Function):
-    """The loss of logits (N, C, S) by the kernels; see `vocab_parallel_cross_entropy`."""
+    """The loss of logits (N, C, S), computed by the kernels; see `vocab_parallel_cross_entropy`."""
 
     @staticmethod
     def forward(

@@ -131,7 +131,7 @@ class ColumnParallelLinear(ParallelLinear):
         out_features: Width of the whole output. The output is (*, this rank's part of out_features).
         bias, device, dtype: See `Linear`.
         mesh: Device mesh with one dimension: the ranks that share the layer.
-        activation: See `functional.linear`.
+        activation: Name of an activation, see `functional.linear`; or None.
         gather_output: Whether the output is (*, out_features) on every rank.
         sequence_parallel: Whether the input is this rank's rows (rows, in_features) of a batch. They are gathered
             first. The batch is split evenly.
@@ -204,9 +204,11 @@ class RowParallelLinear(ParallelLinear):
         out_features: Width of the output (*, out_features), which is the same on every rank.
         bias, device, dtype: See `Linear`.
         mesh: Device mesh with one dimension: the ranks that share the layer.
-        activation: See `functional.linear`.
-        input_is_parallel: If False, the input is (*, in_features), the same on every rank.
-        sequence_parallel: Whether the output is this rank's rows of the batch.
+        activation: Name of an activation, see `functional.linear`; or None.
+        input_is_parallel: Whether the input holds only this rank's columns. If False, the input is (*, in_features),
+            the same on every rank.
+        sequence_parallel: Whether the output holds only this rank's rows of the batch. The number of rows must then be
+            a multiple of the number of ranks.
         uneven: Whether in_features may be a size that the ranks cannot split evenly.
 
     Raises:

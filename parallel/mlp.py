@@ -65,12 +65,12 @@ def block_at(modules: Sequence[nn.Module], position: int, dims: int) -> Block | 
 
 
 def run_sharded(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-    """Compute what calling the modules one after the other computes, with pairs of layers and what follows them fused.
+    """Run modules one after the other, with pairs of parallel layers and the modules that follow them fused.
 
     Args:
-        modules: What to run.
+        modules: The modules.
         input: Input of the first module.
-        recompute: Keep less of the pairs for backward, and compute it again there.
+        recompute: Whether to keep fewer tensors of the pairs for backward and compute them again there.
 
     Returns:
         The output of the last module.

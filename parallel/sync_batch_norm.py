@@ -80,7 +80,7 @@ def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, 
 
 
 class SyncBatchNormFunction(Function):
-    """Rows (M, C) normalised by the statistics of all ranks; see the module docstring."""
+    """Normalises rows (M, C) by the statistics of all ranks; see the docstring of the module."""
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ class SyncBatchNormFunction(Function):
         )
         dx = None
         if wanted[0]:
-            # batch_norm_bwd divides sums by this rank's number of rows. Scale them, so that it divides by that of all.
+            # batch_norm_bwd divides the sums by this rank's number of rows, but the divisor must be that of all ranks.
             shares = start_all_reduce(sums.clone(), ranks)() * (len(x) / total)
             if by_kernels:
                 (dx,) = batch_norm_bwd(grad_output, x, *norm, shares, None, 0.0, None)
@@ -137,7 +137,7 @@ class SyncBatchNormFunction(Function):
 
 
 def _normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalisation of rows by PyTorch operations, in the dtype of mean; the result has x's dtype."""
+    """Normalise rows by PyTorch operations in the dtype of `mean`. The result has x's dtype."""
     y = (x.to(mean.dtype) - mean) * (var + eps).rsqrt()
     y = y if weight is None else y * weight.to(y.dtype)
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)

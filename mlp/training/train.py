@@ -241,7 +241,7 @@ class Training:
         return loss, metrics
 
     def predict(self, x: Tensor) -> Tensor:
-        """See `predict`."""
+        """Run the function `predict` with this run's model."""
         return predict(self.model, x)
 
     def save_last(self) -> None:

@@ -171,7 +171,7 @@ def test_the_stored_table_is_as_the_command_writes_it():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
     assert main(["products", "--quick", "--out", str(tmp_path / "out")]) == 2
-    assert "there is no NVIDIA GPU here" in capsys.readouterr().err
+    assert "PyTorch finds no NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusemlp.kernels import config, cost, launch
-from fusemlp.kernels.gemm import can_describe, gemm, plan_gemm
+from fusemlp.kernels import config, cost, dispatch, launch
+from fusemlp.kernels.gemm import gemm, layout_of, plan_gemm
 from fusemlp.kernels.tile import tile_pointers
 from tolerance import assert_as_close_as_torch
 
@@ -17,7 +17,7 @@ def config_id(entry):
 
 
 def pin(monkeypatch, entry, split_k=1):
-    monkeypatch.setattr(config, "select_gemm", lambda *_, **__: (entry, split_k))
+    monkeypatch.setattr(dispatch, "select_gemm", lambda *_, **__: (entry, split_k))
     plan_gemm.cache_clear()
 
 
@@ -108,8 +108,8 @@ def test_any_strides(make, side, device):
     ids=lambda v: v.__name__ if callable(v) else None,
 )
 def test_only_what_tma_can_address_is_described(make, describable, device):
-    assert can_describe(make(40, 48, device)) is describable
-    assert can_describe(make(40, 48, device).t()) is describable
+    assert layout_of(make(40, 48, device)).describable is describable
+    assert layout_of(make(40, 48, device).t()).describable is describable
 
 
 def test_neighbours_of_the_output_are_untouched(device):
