@@ -33,7 +33,8 @@ ROW_SUM_US = 0.7
 # Loads of 2 bytes instead of 16.
 SCALAR_STEP = 2.8
 # Instructions of each warp for 64 elements of each of its threads: those of a kernel beyond those of the kernel with
-# the epilogue `identity`, plus those of storing a tile. tests/kernels/test_codegen.py compares them with the compiler's.
+# the epilogue `identity`, plus those of storing a tile. tests/kernels/test_codegen.py compares them with what is
+# compiled.
 EPILOGUE_INSTRUCTIONS = {
     "identity": 470,
     "bias_act": 700,

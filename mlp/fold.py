@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
+from .modules import Linear
+
 CHECKED_ROWS = 64
 
 
@@ -18,8 +20,8 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     g w / sqrt(v + eps) and bias g (b - m) / sqrt(v + eps) + s, computed in float64. Each folded layer is compared with
     the two original layers on normally distributed input.
 
-    Batch norms without running averages, modules with hooks or parametrizations, and modules that are used more than
-    once are not folded.
+    Batch norms without running averages, modules with hooks or parametrizations, subclasses of Linear, and modules that
+    are used more than once are not folded.
 
     Args:
         module: a module in evaluation mode. It is not changed.
@@ -47,7 +49,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 def _foldable(linear: nn.Module, norm: nn.Module) -> bool:
     return (
-        isinstance(linear, nn.Linear)
+        type(linear) in (nn.Linear, Linear)
         and isinstance(norm, nn.BatchNorm1d)
         and norm.running_mean is not None
         and not any(hooks for each in (linear, norm) for hooks in (each._forward_hooks, each._forward_pre_hooks))

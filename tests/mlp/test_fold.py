@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fusemlp.mlp import MLP, BatchNorm1d, Linear, fold_batch_norm
+from fusemlp.mlp import MLP, BatchNorm1d, Linear, LinearReLU, fold_batch_norm
 from torch import nn
 
 
@@ -30,6 +30,11 @@ def test_no_normalisation_is_left(net):
     folded = fold_batch_norm(net)
     assert isinstance(folded, MLP)
     assert [type(child) for child in folded] == [type(child) for child in net if not isinstance(child, BatchNorm1d)]
+
+
+def test_a_linear_layer_that_does_more_is_left_alone(x):
+    net = nn.Sequential(LinearReLU(6, 6), BatchNorm1d(6)).eval()
+    assert [type(child) for child in fold_batch_norm(net)] == [LinearReLU, BatchNorm1d]
 
 
 def test_the_module_itself_stays_as_it_was(net, x):
