@@ -34,7 +34,7 @@ from torch import Tensor
 from . import cost, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
-from .tile import acc_dtype, cast, triton_acc_dtype
+from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
 
 
 class Rules(NamedTuple):
@@ -109,15 +109,21 @@ def _no_classes(dtype: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
-    """m, total, b and a of the union of two ranges of classes; see the module docstring."""
+def _merge_totals(m, total, other_m, other_total):
+    """m and total of the union of two ranges of classes, and m of each range relative to that of the union."""
     new_m = tl.maximum(m, other_m)
     # Without a finite logit, m is -inf and m - m would be nan. Such differences are set to 0.
     ref = tl.where(new_m == float("-inf"), 0.0, new_m)
     shift = tl.where(m == float("-inf"), 0.0, m - ref)
     other_shift = tl.where(other_m == float("-inf"), 0.0, other_m - ref)
-    total = total * tl.exp(shift) + other_total * tl.exp(other_shift)
-    return new_m, total, b + a * shift + other_b + other_a * other_shift, a + other_a
+    return new_m, total * tl.exp(shift) + other_total * tl.exp(other_shift), shift, other_shift
+
+
+@triton.jit
+def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
+    """m, total, b and a of the union of two ranges of classes; see the module docstring."""
+    m, total, shift, other_shift = _merge_totals(m, total, other_m, other_total)
+    return m, total, b + a * shift + other_b + other_a * other_shift, a + other_a
 
 
 @triton.jit
@@ -152,9 +158,15 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
 def _ranges_kernel(
     logits_ptr, target_ptr, rules, partial_ptr, results,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s, splits, classes_per_split,
-    PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """m, total, b and a of one range of a block of rows, in partial (4, splits, M); without it, finished rows."""
+    """m, total, b and a of one range of a block of rows, in partial (4, splits, M); without it, finished rows.
+
+    OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`).
+    """
+    C, stride_n = in_octets(C, OCTETS), in_octets(stride_n, OCTETS)
+    target_stride_n = in_octets(target_stride_n, OCTETS and PROBABILITIES)
     # 1. Find the rows and the range of classes of this program, and load the indices.
     rows = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(0) % splits
@@ -167,6 +179,7 @@ def _ranges_kernel(
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target_rows = rows
         target = index[:, None]
+    one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
     m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
     begin = split * classes_per_split
     end = tl.minimum(begin + classes_per_split, C)
@@ -177,17 +190,27 @@ def _ranges_kernel(
         # 2. Load a tile of logits and take them relative to their maxima.
         logits = tl.load(ptrs, mask=mask, other=float("-inf")).to(ACC_DTYPE)
         tile_m = tl.max(logits, axis=1)
-        ref = tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
-        relative = tl.where(mask, logits - ref, 0.0)
-        # 3. Compute q and sum.
-        target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
-        q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
-        # For a one-hot q, skip the other logits: 0 times -inf would be nan.
-        counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
-        tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
-        tile_total = tl.sum(tl.where(mask, tl.exp(relative), 0.0), axis=1)
-        # 4. Merge the tile with the classes before it.
-        m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
+        relative = logits - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
+        # Logits outside of the mask are -inf, so that their exponential is 0.
+        tile_total = tl.sum(tl.exp(relative), axis=1)
+        if one_hot:
+            m, total, _shift, _tile_shift = _merge_totals(m, total, tile_m, tile_total)
+        else:
+            # 3. Compute q and sum.
+            target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
+            q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
+            # Skip logits without weight: 0 times -inf would be nan.
+            counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
+            tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
+            # 4. Merge the tile with the classes before it.
+            m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
+    if one_hot:
+        # q is 1 for the class of the index, so that b is its logit, and a is 1 in the range that has it.
+        own = index - rules.first_class
+        inside = row_mask & (own >= begin) & (own < end)
+        logit = tl.load(logits_ptr + offs + own * stride_c, mask=inside, other=0.0).to(ACC_DTYPE)
+        a = inside.to(ACC_DTYPE)
+        b = tl.where(inside, logit - tl.where(m == float("-inf"), 0.0, m), 0.0)
     # 5. Store the result of the range, or finish the rows if it has all classes.
     if partial_ptr is not None:
         ptrs = partial_ptr + split.to(tl.int64) * M + rows
@@ -238,12 +261,18 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
 
 
 MERGE_ROWS = 128
-REDUCE_BLOCK = 1024
+# One program adds up all blocks of rows, so it has as many loads in flight as a program can have.
+REDUCE = {"BLOCK": 8192, "num_warps": 32}
 
 
 def class_strides(target: Tensor) -> tuple[int, ...]:
     """Strides of probabilities (N, C, S). They are not used for class indices (N, S), which are contiguous."""
     return target.stride() if target.is_floating_point() else (0, 0, 0)
+
+
+def rows_in_octets(*matrices: Tensor) -> bool:
+    """Whether the classes and the distance between samples of all that are (N, C, S) are multiples of 8."""
+    return all(x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 for x in matrices if x.ndim == 3)
 
 
 def _launch_ranges(
@@ -257,8 +286,8 @@ def _launch_ranges(
         _ranges_kernel, cdiv(N * S, block_m) * splits, logits.device,
         logits, target, rules, partial, results,
         N * S, C, S, *logits.stride(), *class_strides(target), splits, per_split,
-        PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(logits.dtype),
-        BLOCK_M=block_m, BLOCK_C=block_c,
+        PROBABILITIES=target.is_floating_point(), OCTETS=rows_in_octets(logits, target),
+        ACC_DTYPE=triton_acc_dtype(logits.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     cost.report("cross_entropy_fwd", 0, (logits, target, rules.weight, partial, *results))
 
@@ -327,7 +356,7 @@ def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, reduc
     """Fill loss () and total_weight (), float64, from the sums of blocks of rows; reduction: "mean" or "sum"."""
     launch.launch(
         _reduce_kernel, 1, loss.device,
-        sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK,
+        sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", **REDUCE,
     )  # fmt: skip
     cost.report("cross_entropy_reduce", 0, (sums, loss, total_weight))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import cost, launch
 from .config import cdiv, class_block
-from .cross_entropy import Rules, class_strides, class_weights, load_index, row_offsets
-from .tile import cast, triton_acc_dtype
+from .cross_entropy import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
+from .tile import cast, in_octets, triton_acc_dtype
 
 
 @triton.jit
@@ -22,9 +22,12 @@ def _cross_entropy_bwd_kernel(
     logits_ptr, target_ptr, rules, stats_ptr, grad_ptr, total_weight_ptr, dlogits_ptr,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s,
     out_stride_n, out_stride_c, out_stride_s, stride_grad,
-    PROBABILITIES: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of do."""
+    """One tile of do. OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`)."""
+    C, stride_n, out_stride_n = in_octets(C, OCTETS), in_octets(stride_n, OCTETS), in_octets(out_stride_n, OCTETS)
+    target_stride_n = in_octets(target_stride_n, OCTETS and PROBABILITIES)
     # 1. Load the tile of logits, and m, log total, a and g of each row.
     blocks = tl.cdiv(C, BLOCK_C)
     rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,8 +79,8 @@ def cross_entropy_bwd_into(
         _cross_entropy_bwd_kernel, cdiv(N * S, block_m) * cdiv(C, block_c), logits.device,
         logits, target, rules, stats, grad, total_weight, dlogits,
         N * S, C, S, *logits.stride(), *class_strides(target), *dlogits.stride(), grad.stride(0),
-        PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(logits.dtype),
-        BLOCK_M=block_m, BLOCK_C=block_c,
+        PROBABILITIES=target.is_floating_point(), OCTETS=rows_in_octets(logits, target, dlogits),
+        ACC_DTYPE=triton_acc_dtype(logits.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     cost.report("cross_entropy_bwd", 0, (logits, target, rules.weight, stats, total_weight, dlogits))
 
