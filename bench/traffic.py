@@ -39,8 +39,8 @@ LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
 # (2), if the product before computes the statistics. Backward reads the activations for its sums (1), if the product
 # before computes them, then reads activations and gradient and writes the gradient of the input (3).
 NORMALISE_PASSES = 6
-# Operators that read only one element per row of one argument, and the position of that argument. It is not counted.
-GATHERED = {"aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
+# Operators that read nothing of one argument, or only one element per row, and the position of that argument.
+UNREAD = {"aten.copy_": 0, "aten.nll_loss_forward": 0, "aten.nll_loss_backward": 1}
 # Operators with two passes, one for statistics and one for the result, and the positions of arguments that both read.
 READ_TWICE = {"aten.native_batch_norm": (0,), "aten.native_batch_norm_backward": (0, 1)}
 
@@ -54,7 +54,7 @@ class AtenTraffic(TorchDispatchMode):
         if not func.is_view and not name.startswith(ALLOCATIONS):
             count_flops = flop_registry.get(func.overloadpacket)
             flops = count_flops(*args, **(kwargs or {}), out_val=result) if count_flops else 0
-            read = [each for position, each in enumerate(args) if position != GATHERED.get(name)]
+            read = [each for position, each in enumerate(args) if position != UNREAD.get(name)]
             again = [args[position] for position in READ_TWICE.get(name, ())]
             tensors = tuple(t for t in tree_leaves((read, again, kwargs, result)) if isinstance(t, Tensor))
             cost.report(name, flops, tensors)

@@ -32,6 +32,8 @@ ROW_SUM_STEP = {"tma": 1.06, "short": 1.7, "pointer": 1.03}
 ROW_SUM_US = 0.7
 # Loads of 2 bytes instead of 16.
 SCALAR_STEP = 2.8
+# A copy to rows of another pitch reaches this share of the bandwidth of a plain copy. Assumed, not measured.
+ALIGN_SHARE = 0.6
 # Instructions of each warp for 64 elements of each of its threads: those of a kernel beyond those of the kernel with
 # the epilogue `identity`, plus those of storing a tile. tests/kernels/test_codegen.py compares them with what is
 # compiled.
@@ -93,6 +95,11 @@ class Gemm:
 def pass_us(moved: int, gpu: Gpu) -> float:
     """The time to move bytes to or from memory, without a launch."""
     return moved / gpu.copy_tb_s / 1e6
+
+
+def align_us(size: int, gpu: Gpu) -> float:
+    """The time to copy a matrix of `size` bytes to rows of another pitch."""
+    return gpu.launch_us + pass_us(2 * size, gpu) / ALIGN_SHARE
 
 
 def gemm_us(gemm: Gemm, tile: GemmConfig, split_k: int, gpu: Gpu, num_sms: int) -> float:

@@ -11,7 +11,7 @@ there is one program for each tile.
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import cost, dispatch, launch
 from .activation import Functions
 from .config import cdiv
-from .cost_model import Gemm
+from .cost_model import Gemm, align_us, gemm_us
 from .epilogue import Epilogue, identity
 from .gpu import gpu_of
 from .tile import acc_dtype, cast, in_octets, matmul_tile, store_tile, tile_order, triton_acc_dtype
@@ -164,6 +164,14 @@ def layout_of(x: Tensor) -> Layout:
     return Layout(*x.shape, *x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """A copy of a 16-bit matrix that the TMA unit can address, of the same order, made by PyTorch."""
+    if x.stride(1) != 1 and x.stride(0) == 1:
+        return aligned(x.t()).t()
+    rows, cols = x.shape
+    return x.new_empty(rows, cdiv(cols, 8) * 8)[:, :cols].copy_(x)
+
+
 def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """A TMA descriptor of x or, if x is column-major, of its transpose. block: rows and columns of a tile of x."""
     if x.stride(1) == 1:
@@ -178,6 +186,7 @@ class GemmPlan:
 
     Attributes:
         number: distinguishes plans.
+        align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`aligned`).
         programs: number of programs of the launch.
         split_k: number of ranges that K is cut into.
         block: BLOCK_M, BLOCK_N and BLOCK_K.
@@ -189,6 +198,8 @@ class GemmPlan:
     """
 
     number: int
+    align_a: bool
+    align_b: bool
     programs: int
     split_k: int
     block: tuple[int, int, int]
@@ -225,22 +236,32 @@ def plan_gemm(
         row_sum=row_sum,
         epilogue=tile_fn.__name__,
     )  # fmt: skip
-    num_sms = launch.num_sms(device)
-    tile, split_k = dispatch.select_gemm(
-        product,
-        tma=a.describable and b.describable and launch.has_tma(device),
+    gpu, num_sms = gpu_of(device), launch.num_sms(device)
+    select = functools.partial(
+        dispatch.select_gemm,
         heavy_epilogue=heavy_epilogue,
         split_k=tile_fn is identity,
-        gpu=gpu_of(device),
+        gpu=gpu,
         num_sms=num_sms,
         shared_kib=launch.shared_kib(device),
     )
+    has_tma = launch.has_tma(device)
+    tile, split_k = select(product, tma=a.describable and b.describable and has_tma)
+    misaligned = [x for x in (a, b) if not x.describable]
+    pays = False
+    if misaligned and has_tma and a.dtype.itemsize == 2:
+        with_tma = replace(product, vectors=True)
+        copies = [align_us(x.rows * x.cols * x.dtype.itemsize, gpu) for x in misaligned]
+        fast = gemm_us(with_tma, *select(with_tma, tma=True), gpu, num_sms) + sum(copies)
+        pays = fast < gemm_us(product, tile, split_k, gpu, num_sms)
     out_tma = tile.tma and split_k == 1 and out.describable
     programs = tile.tiles(M, N) * split_k
     numel = M * N + (M if row_sum else 0)
     sizes = M, N, K, *a[2:4], *b[2:4], N if split_k > 1 else out.stride_row
     return GemmPlan(
         number=next(_plan_numbers),
+        align_a=pays and not a.describable,
+        align_b=pays and not b.describable,
         programs=min(programs, num_sms) if tile.tma else programs,
         split_k=split_k,
         block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
@@ -333,10 +354,11 @@ def gemm(
     """
     launch.check_addressable(a, b)
     tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
-    plan = plan_gemm(
-        layout_of(a), layout_of(b), layout_of(out),
-        epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, a.device,
-    )  # fmt: skip
+    rest = layout_of(out), epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, a.device
+    plan = plan_gemm(layout_of(a), layout_of(b), *rest)
+    if plan.align_a or plan.align_b:
+        a, b = aligned(a) if plan.align_a else a, aligned(b) if plan.align_b else b
+        plan = plan_gemm(layout_of(a), layout_of(b), *rest)
     M, N, K, *_, numel = plan.numbers
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum

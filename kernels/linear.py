@@ -35,7 +35,7 @@ from .epilogue import (
     dact_dropout,
     dact_saved,
 )
-from .gemm import IDENTITY, Unreduced, gemm
+from .gemm import IDENTITY, Layout, Unreduced, aligned, gemm, layout_of, plan_gemm
 from .tile import load_tile, store_tile, triton_acc_dtype
 
 
@@ -69,6 +69,21 @@ def linear_fwd(
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
     gemm("linear_fwd", x, w.t(), y, _act_epilogue(b, activation, *saved))
     return outputs
+
+
+def aligned_input(x: Tensor, w: Tensor) -> Tensor:
+    """x, or a copy of it that the TMA unit can address, if x w^T would make one: `linear_wgrad` can then use it again.
+
+    Args:
+        x: (M, K).
+        w: (N, K).
+    """
+    at = layout_of(x)
+    if at.describable:
+        return x
+    out = Layout(x.shape[0], w.shape[0], w.shape[0], 1, x.dtype, True)
+    plan = plan_gemm(at, layout_of(w.t()), out, identity, Functions(), False, False, False, x.device)
+    return aligned(x) if plan.align_a else x
 
 
 def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None = None) -> Epilogue:

@@ -38,6 +38,7 @@ if launch.HAS_TRITON:
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.linear import (
         activation_bwd,
+        aligned_input,
         linear_dgrad,
         linear_dgrad_dropout,
         linear_fwd,
@@ -188,20 +189,23 @@ class LinearFunction(Function):
         *params: Tensor | None,
     ) -> Tensor:
         whole = [layer.with_params(each) for layer, each in zip(layers, _grouped(Params, params), strict=True)]
-        kept = _forward(input, whole, save=True)
+        x = input
+        if whole[0].weight.requires_grad and not torch.compiler.is_compiling():
+            x = aligned_input(input, whole[0].weight)
+        kept = _forward(x, whole, save=True)
         ctx.layers, ctx.entrance = layers, entrance
         output = kept[-1].postact
         assert output is not None
         kept[-1] = kept[-1]._replace(postact=None)
         if recompute:
             kept = [_without_recomputable(layer, each) for layer, each in zip(layers, kept, strict=True)]
-        ctx.save_for_backward(input, *params, *(t for each in kept for t in each))
+        ctx.save_for_backward(input, None if x is input else x, *params, *(t for each in kept for t in each))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.layers) * len(Params._fields)
-        input, *rest = ctx.saved_tensors
+        input, x, *rest = ctx.saved_tensors
         params, kept = rest[:count], _grouped(Kept, rest[count:])
         layers = [layer.with_params(each) for layer, each in zip(ctx.layers, _grouped(Params, params), strict=True)]
         input_needs, _, _, _, *needs = ctx.needs_input_grad
@@ -214,7 +218,8 @@ class LinearFunction(Function):
                 lambda x, *leaves: _chain_by_torch(enter(x), ctx.layers, _grouped(Params, leaves), kept),
             )
         else:
-            backward = _Backward(input, layers, kept, _grouped(Params, needs), ctx.entrance if input_needs else None)
+            entrance = ctx.entrance if input_needs else None
+            backward = _Backward(input if x is None else x, layers, kept, _grouped(Params, needs), entrance)
             input_grad, found = backward.run(grad_output, input_needs)
             grads = [grad for each in found for grad in each]
         return input_grad, None, None, None, *grads

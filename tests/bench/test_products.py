@@ -83,6 +83,8 @@ def launched_tile(product):
 @pytest.mark.parametrize("case", NETS, ids=lambda case: case.name)
 def test_what_the_library_chooses_is_among_the_variants(case, fresh_plans):
     for product in products.products([case]):
+        if any(size % 8 for size in (product.M, product.N, product.K)):
+            continue  # The library may copy an operand to rows of another pitch first.
         with planned_for_hopper():
             tiles = [tile_name(tile) for tile, _ in variants(product, CPU)]
         assert launched_tile(product)[0] in tiles, product
