@@ -55,9 +55,16 @@ from ..kernels.moments import column_moments
 from .command import add_common_arguments
 from .results import write_table
 
-# HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80. UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills.
-# cvt.rna.tf32: PTX that rounds an operand to TF32.
-INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL", "cvt.rna.tf32")
+# Instructions that are counted, by regular expressions. HGMMA, UTCHMMA, HMMA: tensor cores of sm_90, sm_100, sm_80.
+# UTMALDG, LDGSTS: TMA and cp.async loads. LDL, STL: spills. SHFL: exchange between threads. LDG.U16, STG.U16: loads and
+# stores of 2 bytes. cvt.rna.tf32: PTX that rounds an operand to TF32.
+PLAIN_NAMES = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL", "cvt.rna.tf32", "SHFL", "BAR")
+INSTRUCTIONS = {name: rf"\b{re.escape(name)}\b" for name in PLAIN_NAMES} | {
+    "fp64": r"\bD(?:ADD|MUL|FMA|SETP)\b",
+    "LDG.U16": r"\bLDG\.E\.(?:\w+\.)*U16\b",
+    "STG.U16": r"\bSTG\.E\.(?:\w+\.)*U16\b",
+}
+MACHINE_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(?!NOP)[A-Z]")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESERVED = 1024  # bytes of shared memory that the hardware reserves for every block
 REGISTERS, MAX_WARPS = 65536, 64  # per multiprocessor, on all three architectures
@@ -67,7 +74,15 @@ CLASSES = (10, 1000, 4096, 131072)
 SPLIT = ("linear_dgrad", "linear_wgrad", "linear_wgrad no bias")
 # Activations after batch norm: none, and one for each way in which kernels compute the derivative.
 NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Machine instructions that kernels whose time they decide may have, and loads and stores of 2 bytes where rows are
+# multiples of 8 elements: of a bias, a class index or a weight of a class.
+MAX_MACHINE_INSTRUCTIONS = {
+    "cross_entropy_fwd 1000 classes bf16": 600,
+    "cross_entropy_bwd 1000 classes bf16": 500,
+    "column_moments bf16": 1250,
+}
+MAX_SHORT_ACCESSES = 4
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class StubDriver:
@@ -102,7 +117,9 @@ class Resources:
         registers: Registers per thread.
         stack: Stack in bytes per thread.
         shared: Shared memory in bytes per block.
+        machine_instructions: Number of machine instructions.
         instructions: How often each of INSTRUCTIONS occurs.
+        warnings: Numbers of ptxas's messages about serialised matrix instructions, such as "C7514".
     """
 
     kernel: str
@@ -112,7 +129,9 @@ class Resources:
     registers: int
     stack: int
     shared: int
+    machine_instructions: int
     instructions: dict[str, int]
+    warnings: str = ""
 
     @property
     def occupancy(self) -> float:
@@ -141,12 +160,27 @@ class Resources:
             "no TMA load": self.kernel == "_gemm_kernel" and " tma" in case and not count["UTMALDG"],
             "operands not rounded": products and " tf32 " in case and not count["cvt.rna.tf32"],
             "no asynchronous copy": products and " pointer" in case and not count["LDGSTS"],
+            self.warnings: bool(self.warnings),
+            f"{self.machine_instructions} instructions": self.machine_instructions > self._instruction_budget(),
+            f"{count['LDG.U16'] + count['STG.U16']} accesses of 2 bytes": (
+                "octets" in case and count["LDG.U16"] + count["STG.U16"] > MAX_SHORT_ACCESSES
+            ),
         }
         return [message for message, broken in checks.items() if broken]
 
     def _stack_budget(self) -> int:
-        """The allowed stack in bytes: 0 for products on sm_90, for which the tiles were chosen, and 32 otherwise."""
-        return 0 if self.arch == 90 and self.kernel == "_gemm_kernel" and "ieee" not in self.case else 32
+        """The allowed stack in bytes.
+
+        On sm_90, for which tiles were chosen, products with TMA may have none, and others one pair of registers.
+        """
+        if self.arch == 90 and self.kernel == "_gemm_kernel" and "ieee" not in self.case:
+            return 0 if " tma " in self.case else 8
+        return 32
+
+    def _instruction_budget(self) -> float:
+        """The allowed number of machine instructions on sm_90, for which kernels were tuned."""
+        main_kernel = not self.kernel.startswith(("_merge", "_reduce"))
+        return MAX_MACHINE_INSTRUCTIONS.get(self.case, math.inf) if self.arch == 90 and main_kernel else math.inf
 
     def _shared_budget(self) -> int:
         """The allowed shared memory in bytes. For products, `GemmConfig.shared_kib` limits it."""
@@ -158,20 +192,28 @@ class Resources:
 
 
 def read_resources(compiled: Any, case: str, arch: int) -> Resources:
-    """Read the resources of a kernel that Triton compiled, with cuobjdump."""
+    """Read the resources of a kernel that Triton compiled, with cuobjdump and ptxas."""
+    warnings = ""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
+            subprocess.run([NVIDIA_TOOLS / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
+        if "wgmma" in compiled.asm["ptx"]:
+            ptx = Path(folder) / "kernel.ptx"
+            ptx.write_text(compiled.asm["ptx"])
+            command = [NVIDIA_TOOLS / "ptxas", "-v", f"--gpu-name=sm_{arch}a", ptx, "-o", cubin]
+            said = subprocess.run(command, capture_output=True, text=True, check=True)
+            warnings = " ".join(sorted(set(re.findall(r"\bC75\d\d\b", said.stdout + said.stderr))))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     code = sass + compiled.asm["ptx"]
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
+    size = len(MACHINE_INSTRUCTION.findall(sass))
     of = compiled.metadata
-    return Resources(of.name, case, arch, of.num_warps, int(found[1]), int(found[2]), of.shared, counts)
+    return Resources(of.name, case, arch, of.num_warps, int(found[1]), int(found[2]), of.shared, size, counts, warnings)
 
 
 def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -201,6 +243,12 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     total = torch.empty(N, K, dtype=dtype)
     add = Epilogue(add_to, AddArgs(total), heavy=True)
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
+    # Rows that are multiples of 8 elements, but not of 16.
+    x, w, dz = (torch.empty(shape, dtype=dtype) for shape in ((M, 1000), (1000, 1000), (M, 1000)))
+    bits = saved(1000, "bitmask")
+    yield "linear_fwd octets relu", lambda: linear_fwd(x, w, bias[:1000], "relu", True)
+    yield "linear_dgrad octets relu", lambda: linear_dgrad(dz, w, "relu", bits)
+    yield "linear_wgrad octets", lambda: linear_wgrad(dz, x, True)
 
 
 def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -226,6 +274,9 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
         )
     yield "batch_norm_fwd no affine", lambda: batch_norm_fwd(x, mean, var, None, None, 1e-5, "relu", 0.0, None)
+    octets = torch.empty(M, 1000, dtype=dtype)
+    yield "column_moments octets", lambda: column_moments(octets, None, None, None, 0.1)
+    yield "dropout octets", lambda: dropout(octets, 0.1, seed)
     yield "scale", lambda: scale_([x, dy, weight.to(dtype)], bias.to(dtype)[0])
     for C in CLASSES:
         logits, index, classes = (
@@ -334,8 +385,10 @@ def main(arguments: argparse.Namespace) -> int:
             budgets = resources.broken_budgets()
             row = asdict(resources) | {"occupancy_percent": resources.occupancy}
             print(json.dumps(row | {"broken_budgets": budgets}), flush=True)
-            del row["instructions"]
-            rows.append({**row, **resources.instructions, "broken_budgets": "; ".join(budgets)})
+            del row["instructions"], row["warnings"]
+            rows.append(
+                {**row, **resources.instructions, "warnings": resources.warnings, "broken_budgets": "; ".join(budgets)}
+            )
             broken |= bool(budgets)
         if arguments.out is not None:
             write_table(pd.DataFrame(rows), arguments.out, f"sm_{arch}")

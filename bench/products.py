@@ -28,7 +28,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..kernels import config, dispatch, launch
+from ..kernels import config, dispatch, gpu
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
 from ..kernels.gemm import layout_of, plan_gemm
@@ -105,7 +105,7 @@ def variants(product: Product, device: torch.device) -> list[tuple[GemmConfig, i
     Tiles at least twice as high or wide as the result are left out, except the smallest. Splits are powers of two.
     """
     a, b, *_ = operands(product, torch.device("meta"))
-    described = layout_of(a).describable and layout_of(b).describable and launch.has_tma(device)
+    described = layout_of(a).describable and layout_of(b).describable and gpu.of(device).tma
     return [
         (tile, split_k)
         for tile in (*(config.TMA_16BIT if described else ()), *config.POINTER_16BIT)
@@ -117,7 +117,7 @@ def variants(product: Product, device: torch.device) -> list[tuple[GemmConfig, i
 def _splits(product: Product, tile: GemmConfig, device: torch.device) -> list[int]:
     if product.kind not in SPLIT:
         return [1]
-    programs = MAX_PROGRAMS_PER_SM * launch.num_sms(device)
+    programs = MAX_PROGRAMS_PER_SM * gpu.of(device).sms
     most = max(1, min(product.K // MIN_K_PER_SPLIT, programs // tile.tiles(product.M, product.N)))
     return [2**i for i in range(most.bit_length())]
 

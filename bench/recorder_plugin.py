@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import launch
-from .hopper import planned_for_hopper, served_as_on_hopper
+from .hopper import planned_for, served_as_on_hopper
 from .recorder import Recorder
 
 
@@ -39,7 +39,7 @@ class _Recording:
         self.patches = ExitStack()
 
     def pytest_sessionstart(self) -> None:
-        self.patches.enter_context(planned_for_hopper())
+        self.patches.enter_context(planned_for())
         self.patches.enter_context(patch.object(launch, "launch", self.recorder))
 
     def pytest_sessionfinish(self) -> None:

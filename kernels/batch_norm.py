@@ -35,12 +35,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, launch
+from . import cost, gpu, launch
 from .activation import functions_of_preact
 from .config import REDUCTION, cdiv, pointwise_block, row_splits
 from .dropout import drop, dropout_args
 from .moments import LOAD_STAGES, MERGE_BLOCK, column_sums, store_partial, store_rounded
-from .tile import load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
 class NormArgs(NamedTuple):
@@ -101,9 +101,10 @@ def normalized_grad(
 @triton.jit
 def _apply_kernel(
     x_ptr, y_ptr, norm, dropout, M, N, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of y = dropout(act(u))."""
+    N, stride_xm = in_octets(N, OCTETS), in_octets(stride_xm, OCTETS)
     # 1. Load the tile of x that this program computes.
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
@@ -119,9 +120,10 @@ def _apply_kernel(
 def _grad_sums_kernel(
     dy_ptr, x_ptr, partial_ptr, norm, dropout, M, N, splits, rows_per_split,
     stride_ym, stride_yn, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums of du and of du xhat over one range of rows, stored in partial (2, splits, N)."""
+    N, stride_ym, stride_xm = in_octets(N, OCTETS), in_octets(stride_ym, OCTETS), in_octets(stride_xm, OCTETS)
     # 1. Find the range of rows and the columns of this program.
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles_n
@@ -171,9 +173,10 @@ def _merge_grad_sums_kernel(
 @triton.jit
 def _apply_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, norm, sums_ptr, dropout, M, N, stride_ym, stride_yn, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx. sums (2, N): sums of du and du xhat over all rows; None for running averages."""
+    N, stride_ym, stride_xm = in_octets(N, OCTETS), in_octets(stride_ym, OCTETS), in_octets(stride_xm, OCTETS)
     # 1. Load the tiles of dy and x, and compute du and xhat.
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
@@ -237,7 +240,7 @@ def batch_norm_fwd(
     launch.launch(
         _apply_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
         x, y, norm, dropout_args(p, seed, col_offset=col_offset), M, N, *x.stride(),
-        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
+        FNS=functions_of_preact(activation), OCTETS=all_octets(N, x.stride(0)), ACC_DTYPE=triton_acc_dtype(x.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_fwd", 0, (x, y, seed, mean, var, weight, bias))
@@ -312,7 +315,7 @@ def batch_norm_bwd_sums(
     launch.check_addressable(dy, x)
     M, N = x.shape
     block_m, block_n = pointwise_block(N)
-    rows_per_split = row_splits(M, N, launch.num_sms(x.device))
+    rows_per_split = row_splits(M, N, gpu.of(x.device).sms)
     splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
@@ -320,7 +323,7 @@ def batch_norm_bwd_sums(
         dy, x, partial, NormArgs(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset=col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
+        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
     )  # fmt: skip
     cost.report("batch_norm_grad_sums", 0, (dy, x, seed, mean, var, weight, bias, partial))
     return merge_grad_sums(partial, weight, bias)
@@ -367,7 +370,7 @@ def batch_norm_bwd(
         _apply_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
         dy, x, dx, norm, sums, dropout_args(p, seed, col_offset=col_offset), M, N, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("batch_norm_bwd", 0, (dy, x, dx, seed, sums, mean, var, weight, bias))
     return outputs

@@ -45,16 +45,16 @@ class GemmConfig:
 
 
 # BLOCK_N is at least 64: the bit mask packs 64 columns. The efficiencies of 16-bit tiles are fitted; see `cost_model`.
-WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=213, efficiency=1.0, tma=True)
+WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=217, efficiency=1.0, tma=True)
 TMA_16BIT = (
     WIDEST,
-    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, shared_kib=177, efficiency=0.86, tma=True),
-    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, shared_kib=145, efficiency=0.98, tma=True),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=4, shared_kib=177, efficiency=0.82, tma=True),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=4, shared_kib=145, efficiency=0.9, tma=True),
 )
 POINTER_16BIT = (
-    GemmConfig(128, 128, 32, num_warps=8, num_stages=4, shared_kib=66, efficiency=0.86),
-    GemmConfig(64, 64, 64, num_warps=4, num_stages=3, shared_kib=51, efficiency=1.0, resident=4),
-    GemmConfig(16, 64, 128, num_warps=4, num_stages=3, shared_kib=40, efficiency=0.96, resident=5),
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=4, shared_kib=66, efficiency=0.82),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3, shared_kib=51, efficiency=0.95, resident=4),
+    GemmConfig(16, 64, 128, num_warps=4, num_stages=3, shared_kib=40, efficiency=0.9, resident=5),
 )
 POINTER_TF32 = (
     GemmConfig(128, 64, 32, num_warps=8, num_stages=3, shared_kib=77, efficiency=0.55, resident=2),

@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of every launch, for rooflines and traffic tables.
+"""Floating-point operations, bytes and predicted time of every launch, for rooflines and tables.
 
 Every launcher reports its launches here. Bytes are the minimum: each tensor of a launch is moved once.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from . import gpu
+from .cost_model import launch_of_pass_us
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -18,14 +21,16 @@ class Launch:
         name: label of the launch.
         flops: floating-point operations of matrix products and reductions of partial products.
         bytes: bytes read from and written to device memory.
+        us: predicted time in microseconds, which `cost_model` documents.
     """
 
     name: str
     flops: int
     bytes: int
+    us: float = field(default=0.0, compare=False)
 
 
-@dataclass
+@dataclass(eq=False)
 class Ledger:
     """The launches made inside a `with ledger()` block, in order."""
 
@@ -38,6 +43,10 @@ class Ledger:
     @property
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
+
+    @property
+    def us(self) -> float:
+        return sum(launch.us for launch in self.launches)
 
 
 _open_ledgers: list[Ledger] = []
@@ -59,15 +68,19 @@ def recording() -> bool:
     return bool(_open_ledgers)
 
 
-def report(name: str, flops: int, tensors: tuple[Tensor | None, ...]) -> None:
+def report(name: str, flops: int, tensors: tuple[Tensor | None, ...], us: float | None = None) -> None:
     """Add one launch to every open ledger.
 
     Args:
         name: label of the launch.
         flops: floating-point operations.
         tensors: tensors that the launch reads or writes, each counted once; None is skipped.
+        us: predicted time; None: that of a pass over the tensors.
     """
     if _open_ledgers:
-        moved = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        given = [t for t in tensors if t is not None]
+        moved = sum(t.numel() * t.element_size() for t in given)
+        if us is None:
+            us = launch_of_pass_us(moved, gpu.of(given[0].device))
         for opened in _open_ledgers:
-            opened.launches.append(Launch(name, flops, moved))
+            opened.launches.append(Launch(name, flops, moved, us))

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, launch
+from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
@@ -304,7 +304,7 @@ def cross_entropy_ranges(logits: Tensor, target: Tensor, rules: Rules) -> Tensor
         (4, ranges, N S): m, total, b and a. Results for other classes of the rows are concatenated along dimension 1.
     """
     N, C, S = logits.shape
-    per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
+    per_split = classes_per_split(N * S, C, gpu.of(logits.device).sms)
     partial = logits.new_empty(4, cdiv(C, per_split), N * S, dtype=acc_dtype(logits.dtype))
     _launch_ranges(logits, target, rules, per_split, partial, Results())
     return partial
@@ -344,7 +344,7 @@ def cross_entropy_rows(
         Without loss, the sums (2, blocks of rows) of losses and of weights, for `cross_entropy_reduce`; else None.
     """
     N, C, S = logits.shape
-    per_split = classes_per_split(N * S, C, launch.num_sms(logits.device))
+    per_split = classes_per_split(N * S, C, gpu.of(logits.device).sms)
     if per_split < C:
         return cross_entropy_merge(cross_entropy_ranges(logits, target, rules), target, rules, stats, loss)
     sums = _sums(stats, loss, cdiv(N * S, class_block(C)[0]))

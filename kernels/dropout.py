@@ -12,7 +12,7 @@ from torch import Tensor
 from . import cost, launch
 from .config import cdiv, pointwise_block
 from .random import keep_tile, threshold
-from .tile import load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
 class DropoutArgs(NamedTuple):
@@ -67,8 +67,9 @@ def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _dropout_kernel(
     x_ptr, y_ptr, dropout, M, N, stride_xm, stride_xn,
-    ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    N, stride_xm = in_octets(N, OCTETS), in_octets(stride_xm, OCTETS)
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -106,7 +107,7 @@ def dropout(
     launch.launch(
         _dropout_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
         x, y, dropout_args(p, seed, stream, row_offset, col_offset), M, N, *x.stride(),
-        ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
+        OCTETS=all_octets(N, x.stride(0)), ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("dropout", 0, (x, y, seed))
     return outputs

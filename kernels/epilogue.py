@@ -217,6 +217,11 @@ def dact_dropout(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.const
 
 @triton.jit
 def _dact_dropout_half(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return _in_halves(_dact_dropout_quarter, acc, args, FNS, row, col, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _dact_dropout_quarter(acc, args, FNS: tl.constexpr, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ptrs, mask = tile_pointers(args.x, row, col, M, N, N, 1, BLOCK_M, BLOCK_N)
     x = tl.load(ptrs, mask=mask, other=0.0).to(acc.dtype)
     return FNS.dact_at(drop(acc, args.dropout, row, col, BLOCK_M, BLOCK_N), x, FNS)

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import cost, dispatch, launch
+from . import cost, dispatch, gpu, launch
 from .activation import Functions
+from .activation import identity as no_activation
 from .config import cdiv
 from .cost_model import Gemm, align_us, gemm_us
-from .epilogue import Epilogue, identity
-from .gpu import gpu_of
+from .epilogue import Epilogue, bias_act, identity
+from .gpu import Gpu
 from .tile import acc_dtype, cast, in_octets, matmul_tile, store_tile, tile_order, triton_acc_dtype
 
 
@@ -186,6 +187,8 @@ class GemmPlan:
 
     Attributes:
         number: distinguishes plans.
+        us: predicted time in microseconds.
+        cublas: whether cuBLAS computes the product.
         align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`aligned`).
         programs: number of programs of the launch.
         split_k: number of ranges that K is cut into.
@@ -198,6 +201,8 @@ class GemmPlan:
     """
 
     number: int
+    us: float
+    cublas: bool
     align_a: bool
     align_b: bool
     programs: int
@@ -216,7 +221,7 @@ _plan_numbers = itertools.count()
 @functools.lru_cache(maxsize=4096)
 def plan_gemm(
     a: Layout, b: Layout, out: Layout, tile_fn: Any, fns: Functions, heavy_epilogue: bool, row_sum: bool, tf32: bool,
-    device: torch.device,
+    on: Gpu,
 ) -> GemmPlan:  # fmt: skip
     """Plan the launch of a GEMM.
 
@@ -225,7 +230,7 @@ def plan_gemm(
         tile_fn, fns, heavy_epilogue: see `Epilogue`.
         row_sum: whether the rows of a are added up.
         tf32: whether float32 operands are rounded to TF32.
-        device: of the tensors.
+        on: the GPU.
     """
     M, K, N = a.rows, a.cols, b.cols
     product = Gemm(
@@ -236,33 +241,41 @@ def plan_gemm(
         row_sum=row_sum,
         epilogue=tile_fn.__name__,
     )  # fmt: skip
-    gpu, num_sms = gpu_of(device), launch.num_sms(device)
     select = functools.partial(
         dispatch.select_gemm,
         heavy_epilogue=heavy_epilogue,
         split_k=tile_fn is identity,
-        gpu=gpu,
-        num_sms=num_sms,
-        shared_kib=launch.shared_kib(device),
+        gpu=on,
     )
-    has_tma = launch.has_tma(device)
-    tile, split_k = select(product, tma=a.describable and b.describable and has_tma)
+    tile, split_k = select(product, tma=a.describable and b.describable and on.tma)
     misaligned = [x for x in (a, b) if not x.describable]
+    us = gemm_us(product, tile, split_k, on)
     pays = False
-    if misaligned and has_tma and a.dtype.itemsize == 2:
+    if misaligned and on.tma and a.dtype.itemsize == 2:
         with_tma = replace(product, vectors=True)
-        copies = [align_us(x.rows * x.cols * x.dtype.itemsize, gpu) for x in misaligned]
-        fast = gemm_us(with_tma, *select(with_tma, tma=True), gpu, num_sms) + sum(copies)
-        pays = fast < gemm_us(product, tile, split_k, gpu, num_sms)
+        copies = [align_us(x.rows * x.cols * x.dtype.itemsize, on) for x in misaligned]
+        fast = gemm_us(with_tma, *select(with_tma, tma=True), on) + sum(copies)
+        pays = fast < us
+    cublas = (
+        on.cublas
+        and not misaligned
+        and (tile_fn is identity or (tile_fn is bias_act and fns.act is no_activation))
+        and a.dtype == out.dtype
+        and out.row_major
+        and out.stride_row == N
+        and dispatch.cublas_time(product, on) < (1 - dispatch.CUBLAS_GAIN) * us
+    )
     out_tma = tile.tma and split_k == 1 and out.describable
     programs = tile.tiles(M, N) * split_k
     numel = M * N + (M if row_sum else 0)
     sizes = M, N, K, *a[2:4], *b[2:4], N if split_k > 1 else out.stride_row
     return GemmPlan(
         number=next(_plan_numbers),
+        us=dispatch.cublas_time(product, on) if cublas else us,
+        cublas=cublas,
         align_a=pays and not a.describable,
         align_b=pays and not b.describable,
-        programs=min(programs, num_sms) if tile.tma else programs,
+        programs=min(programs, on.sms) if tile.tma else programs,
         split_k=split_k,
         block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         tma=tile.tma,
@@ -326,7 +339,26 @@ def reduce_splits(unreduced: Sequence[Unreduced]) -> None:
         _split_k_reduce_kernel, programs, unreduced[0].out.device, parts, PARTS=len(parts), BLOCK=REDUCE_BLOCK
     )
     tensors = [t for each in unreduced for t in each[1:]]
-    cost.report(f"{unreduced[0].name}_reduce", sum(each.partial.numel() for each in unreduced), tuple(tensors))
+    added = sum(each.partial.numel() for each in unreduced)
+    # The predicted times of the products contain this one.
+    cost.report(f"{unreduced[0].name}_reduce", added, tuple(tensors), us=0)
+
+
+def epilogue_tensors(epilogue: Epilogue) -> list[Tensor]:
+    """The tensors that an epilogue reads or writes, for an open ledger; without one, none."""
+    return [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)] if cost.recording() else []
+
+
+def _by_cublas(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, row_sum: Tensor | None) -> None:
+    """`gemm` by cuBLAS, with a bias or without an epilogue; the rows of a are added up in a pass."""
+    bias = epilogue.args.bias if epilogue.args is not None else None
+    with torch.no_grad():
+        if bias is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(bias, a, b, out=out)
+        if row_sum is not None:
+            torch.sum(a, 1, out=row_sum)
 
 
 def gemm(
@@ -354,12 +386,16 @@ def gemm(
     """
     launch.check_addressable(a, b)
     tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
-    rest = layout_of(out), epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, a.device
+    rest = layout_of(out), epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, gpu.of(a.device)
     plan = plan_gemm(layout_of(a), layout_of(b), *rest)
     if plan.align_a or plan.align_b:
         a, b = aligned(a) if plan.align_a else a, aligned(b) if plan.align_b else b
         plan = plan_gemm(layout_of(a), layout_of(b), *rest)
     M, N, K, *_, numel = plan.numbers
+    if plan.cublas:
+        _by_cublas(a, b, out, epilogue, row_sum)
+        cost.report(name, 2 * M * N * K, (a, b, out, row_sum, *epilogue_tensors(epilogue)), plan.us)
+        return
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
     if partial is not None:
@@ -374,10 +410,8 @@ def gemm(
         key=(plan.number, launch.specialization((row_sum_ptr, epilogue.args))),
         **plan.meta,
     )  # fmt: skip
-    if cost.recording():
-        side_tensors = [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)]
-        results = (out, row_sum) if partial is None else (partial,)
-        cost.report(name, 2 * M * N * K, (a, b, *results, *side_tensors))
+    results = (out, row_sum) if partial is None else (partial,)
+    cost.report(name, 2 * M * N * K, (a, b, *results, *epilogue_tensors(epilogue)), plan.us)
     if partial is not None:
         todo = Unreduced(name, partial, out, row_sum)
         if unreduced is None:

@@ -9,29 +9,33 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gpu:
-    """What a GPU achieves, not what its data sheet promises.
+    """Facts of a GPU, and what it achieves, not what its data sheet promises.
 
     Attributes:
         name: part of the device's name.
         capability: compute capability.
         sms: multiprocessors.
+        shared_kib: KiB of shared memory that one block can have.
         copy_tb_s: bandwidth of a large copy in TB/s, bytes read plus bytes written.
         l2_tb_s: bandwidth from the second-level cache to all multiprocessors in TB/s.
         gemm_tflop_s: rate of a large 16-bit matrix product in TFLOP/s.
         tf32_tflop_s, fp32_tflop_s: the same of float32 products, with and without tensor cores.
         clock_ghz: clock of the multiprocessors in GHz.
         launch_us: time between the starts of two short kernels of a CUDA graph, in microseconds.
+        cublas: whether PyTorch's products are those of cuBLAS.
     """
 
     name: str
     capability: tuple[int, int]
     sms: int
+    shared_kib: int
     copy_tb_s: float
     l2_tb_s: float
     gemm_tflop_s: float
@@ -39,51 +43,62 @@ class Gpu:
     fp32_tflop_s: float
     clock_ghz: float
     launch_us: float
+    cublas: bool = True
+
+    @property
+    def tma(self) -> bool:
+        """Whether it has a TMA unit, which copies tiles."""
+        return self.capability >= (9, 0)
+
+    def scaled(self, sms: int, **facts: Any) -> "Gpu":
+        """A GPU with another number of the same multiprocessors, and with other facts."""
+        per_sm = ("copy_tb_s", "l2_tb_s", "gemm_tflop_s", "tf32_tflop_s", "fp32_tflop_s")
+        rates = {name: getattr(self, name) * sms / self.sms for name in per_sm}
+        return replace(self, sms=sms, **rates, **facts)
 
 
-# H200: bench/results/nvidia-h200/ceilings.csv; l2_tb_s and launch_us are fitted to its products.csv.
-H200 = Gpu("H200", (9, 0), 132, 4.27, 11.1, 715, 357, 51, 1.755, 1.5)
+# H200: bench/results/nvidia-h200/ceilings.csv, and gemm_tflop_s the fastest product of products.csv, to which l2_tb_s
+# and launch_us are fitted. TF32 is taken to have half of the 16-bit rate.
+H200 = Gpu("H200", (9, 0), 132, 227, 4.27, 11.1, 775, 387, 51, 1.755, 1.5)
 # The others are not measured. Their figures are those of NVIDIA's data sheets (memory bandwidth; dense 16-bit, TF32 and
-# float32 rates), times the share of them that the H200 reaches: 0.89, 0.72, 0.72 and 0.76. The bandwidth of the cache
+# float32 rates), times the share of them that the H200 reaches: 0.89, 0.78, 0.78 and 0.76. The bandwidth of the cache
 # is 64 bytes for each cycle and multiprocessor, times 0.75, as on the H200.
 GPUS = (
     H200,
-    Gpu("H100", (9, 0), 132, 2.98, 11.1, 715, 357, 51, 1.755, 1.5),
-    Gpu("A100", (8, 0), 108, 1.81, 7.3, 225, 113, 14.8, 1.41, 1.5),
-    Gpu("B200", (10, 0), 148, 7.12, 13.1, 1620, 810, 57, 1.85, 1.5),
-    Gpu("RTX 4090", (8, 9), 128, 0.9, 15.4, 119, 59, 63, 2.52, 1.5),
+    Gpu("H100", (9, 0), 132, 227, 2.98, 11.1, 775, 387, 51, 1.755, 1.5),
+    Gpu("A100", (8, 0), 108, 163, 1.81, 7.3, 244, 122, 14.8, 1.41, 1.5),
+    Gpu("B200", (10, 0), 148, 227, 7.12, 13.1, 1760, 880, 57, 1.85, 1.5),
+    Gpu("RTX 4090", (8, 9), 128, 99, 0.9, 15.4, 129, 64, 63, 2.52, 1.5),
 )
+# Triton's interpreter, on a CPU. With two multiprocessors, persistent loops have several iterations.
+INTERPRETER = H200.scaled(2, name="interpreter", cublas=False)
 
 
 @functools.lru_cache
-def gpu_of(device: torch.device) -> Gpu:
-    """The figures of a device. The interpreter's are those of an H200, as if it had the interpreter's multiprocessors.
+def of(device: torch.device) -> Gpu:
+    """Facts and figures of a device.
 
     Raises:
         ValueError: the file that FUSEMLP_GPU names holds no figures.
     """
-    if path := os.environ.get("FUSEMLP_GPU"):
-        return read(Path(path))
     if device.type != "cuda":
-        return H200
+        return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    capability = properties.major, properties.minor
-    named = [each for each in GPUS if each.name in properties.name and each.capability == capability]
-    if named:
-        return named[0]
-    nearest = max(GPUS, key=lambda each: (each.capability <= capability, each.capability, -each.sms))
-    share = properties.multi_processor_count / nearest.sms
-    return replace(
-        nearest,
-        name=properties.name,
-        capability=capability,
-        sms=properties.multi_processor_count,
-        copy_tb_s=nearest.copy_tb_s * share,
-        l2_tb_s=nearest.l2_tb_s * share,
-        gemm_tflop_s=nearest.gemm_tflop_s * share,
-        tf32_tflop_s=nearest.tf32_tflop_s * share,
-        fp32_tflop_s=nearest.fp32_tflop_s * share,
-    )
+    facts = {
+        "name": properties.name,
+        "capability": (properties.major, properties.minor),
+        "shared_kib": properties.shared_memory_per_block_optin // 1024,
+    }
+    if path := os.environ.get("FUSEMLP_GPU"):
+        return read(Path(path)).scaled(properties.multi_processor_count, **facts)
+    return nearest(properties.name, facts["capability"]).scaled(properties.multi_processor_count, **facts)
+
+
+def nearest(name: str, capability: tuple[int, int]) -> Gpu:
+    """The GPU of the table that has the name, or else the newest one that is no newer."""
+    named = [each for each in GPUS if each.name in name and each.capability == capability]
+    older = [each for each in GPUS if each.capability <= capability] or [GPUS[-1]]
+    return named[0] if named else max(older, key=lambda each: each.capability)
 
 
 def read(path: Path) -> Gpu:

@@ -130,26 +130,6 @@ def check_addressable(*tensors: Tensor) -> None:
             raise TypeError(f"{type(t).__name__} has no memory to point a kernel at; pass its local tensor")
 
 
-@functools.lru_cache
-def has_tma(device: torch.device) -> bool:
-    """Whether the device has a TMA unit, which copies tiles. The interpreter emulates one."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.lru_cache
-def shared_kib(device: torch.device) -> int:
-    """KiB of shared memory that one block can have. The interpreter reports that of an H100."""
-    if device.type == "cpu":
-        return 227
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
-
-
-@functools.lru_cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device. The interpreter reports 2, so that persistent loops have several iterations."""
-    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, key: Any = None, **meta: Any) -> None:
     """Launch a kernel on a device, in its current stream.
 

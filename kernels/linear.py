@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, launch
+from . import cost, gpu, launch
 from .activation import ACTIVATIONS, Functions, functions_of_preact, identity
 from .batch_norm import NormArgs
 from .config import cdiv
@@ -36,7 +36,7 @@ from .epilogue import (
     dact_saved,
 )
 from .gemm import IDENTITY, Layout, Unreduced, aligned, gemm, layout_of, plan_gemm
-from .tile import load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -82,7 +82,7 @@ def aligned_input(x: Tensor, w: Tensor) -> Tensor:
     if at.describable:
         return x
     out = Layout(x.shape[0], w.shape[0], w.shape[0], 1, x.dtype, True)
-    plan = plan_gemm(at, layout_of(w.t()), out, identity, Functions(), False, False, False, x.device)
+    plan = plan_gemm(at, layout_of(w.t()), out, identity, Functions(), False, False, False, gpu.of(x.device))
     return aligned(x) if plan.align_a else x
 
 
@@ -215,9 +215,11 @@ def linear_wgrad_unreduced(dz: Tensor, x: Tensor, bias: bool, unreduced: list[Un
 @triton.jit
 def _activation_bwd_kernel(
     dy_ptr, dz_ptr, dact_args, M, N, stride_ym, stride_yn,
-    DACT: tl.constexpr, DACT_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DACT: tl.constexpr, DACT_FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dy * act'(saved)."""
+    N, stride_ym = in_octets(N, OCTETS), in_octets(stride_ym, OCTETS)
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -256,7 +258,8 @@ def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
     launch.launch(
         _activation_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), dy.device,
         dy, dz, dact.args, M, N, *dy.stride(),
-        DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=triton_acc_dtype(dy.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
+        DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=triton_acc_dtype(dy.dtype), OCTETS=all_octets(N, dy.stride(0)),
+        BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("activation_bwd", 0, (dy, saved, dz))
     return outputs

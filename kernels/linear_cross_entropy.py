@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, launch
+from . import cost, gpu, launch
 from .activation import Functions, identity
 from .config import cdiv
 from .cross_entropy import (
@@ -219,7 +219,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     device = factor.device
     parts = tuple(Scaled(t, t.numel()) for t in tensors)
     launch.launch(
-        _scale_kernel, SCALE_PROGRAMS_PER_SM * launch.num_sms(device), device,
+        _scale_kernel, SCALE_PROGRAMS_PER_SM * gpu.of(device).sms, device,
         parts, factor, ACC_DTYPE=triton_acc_dtype(tensors[0].dtype), BLOCK=SCALE_BLOCK,
     )  # fmt: skip
     cost.report("scale", 0, (*tensors, *tensors))

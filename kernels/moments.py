@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, launch
+from . import cost, gpu, launch
 from .config import REDUCTION, cdiv, pointwise_block, row_splits
-from .tile import INTERPRET, acc_dtype, cast, load_tile, triton_acc_dtype
+from .tile import INTERPRET, acc_dtype, all_octets, cast, in_octets, load_tile, triton_acc_dtype
 
 # Steps ahead of which a reduction over rows loads its tiles.
 LOAD_STAGES = tl.constexpr(3)
@@ -44,9 +44,10 @@ def merge_moments(n, mean, m2, other_n, other_mean, other_m2):
 @triton.jit
 def _moments_kernel(
     x_ptr, partial_ptr, M, N, splits, rows_per_split, stride_xm, stride_xn,
-    ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations m2 of one range of rows, stored in partial (2, splits, N)."""
+    N, stride_xm = in_octets(N, OCTETS), in_octets(stride_xm, OCTETS)
     # 1. Find the range of rows and the columns of this program.
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles_n
@@ -222,13 +223,14 @@ def column_moments(
     launch.check_addressable(x)
     M, N = x.shape
     block_m, block_n = pointwise_block(N)
-    rows_per_split = row_splits(M, N, launch.num_sms(x.device))
+    rows_per_split = row_splits(M, N, gpu.of(x.device).sms)
     splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _moments_kernel, splits * cdiv(N, block_n), x.device,
         x, partial, M, N, splits, rows_per_split, *x.stride(),
-        ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
+        ACC_DTYPE=triton_acc_dtype(x.dtype), OCTETS=all_octets(N, x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
+        **REDUCTION,
     )  # fmt: skip
     cost.report("batch_norm_moments", 0, (x, partial))
     mean_dtype = dtype or acc_dtype(x.dtype)

@@ -48,6 +48,11 @@ def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first_m + within % band_m, within // band_m
 
 
+def all_octets(*sizes: int) -> bool:
+    """Whether all sizes are multiples of 8."""
+    return all(size % 8 == 0 for size in sizes)
+
+
 @triton.jit
 def in_octets(x, OCTETS: tl.constexpr):
     """x, a multiple of 8 if OCTETS. Triton sees only multiples of 16, and 16 bytes are moved at once from 8 on."""

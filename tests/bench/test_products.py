@@ -9,7 +9,7 @@ import torch
 from fusemlp.bench import products
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import NETS, NetCase
-from fusemlp.bench.hopper import planned_for_hopper, served_as_on_hopper
+from fusemlp.bench.hopper import planned_for, served_as_on_hopper
 from fusemlp.bench.products import LAUNCHERS, SPLIT, Product, operands, pinned, tile_name, variants
 from fusemlp.bench.timing import Timing
 from fusemlp.kernels import config
@@ -55,7 +55,7 @@ FITTING = {
 
 @pytest.mark.parametrize(("product", "tiles"), FITTING.values(), ids=FITTING)
 def test_tiles_fit_the_shape(product, tiles):
-    with planned_for_hopper():
+    with planned_for():
         assert [tile_name(tile) for tile, _ in variants(product, CPU)] == tiles
 
 
@@ -68,7 +68,7 @@ SPLITS = {
 
 @pytest.mark.parametrize(("product", "splits"), SPLITS.values(), ids=SPLITS)
 def test_splits_fit_the_shape(product, splits):
-    with planned_for_hopper():
+    with planned_for():
         assert [split_k for tile, split_k in variants(product, CPU) if tile is config.WIDEST] == splits
 
 
@@ -85,7 +85,7 @@ def test_what_the_library_chooses_is_among_the_variants(case, fresh_plans):
     for product in products.products([case]):
         if any(size % 8 for size in (product.M, product.N, product.K)):
             continue  # The library may copy an operand to rows of another pitch first.
-        with planned_for_hopper():
+        with planned_for():
             tiles = [tile_name(tile) for tile, _ in variants(product, CPU)]
         assert launched_tile(product)[0] in tiles, product
 

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 from fusemlp.bench.codegen import Resources
+from fusemlp.kernels.cost_model import EPILOGUE_INSTRUCTIONS
 
 pytestmark = pytest.mark.codegen
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench codegen` has them all.
 REPRESENTATIVE = (
     "(linear_fwd|linear_dgrad) (relu|silu) [^d]|linear_dgrad tanh bf16|linear_wgrad .* split 1"
-    "|linear_fwd moments bf16 128|linear_dgrad norm silu dropout bf16 128|column_moments bf16|batch_norm.* silu .* bf16"
-    "|cross_entropy.* (10|1000) classes bf16"
+    "|linear_dgrad silu dropout bf16 128|column_moments .*bf16|batch_norm.* silu .* bf16|dropout octets bf16"
+    "|cross_entropy.* (10|1000) classes bf16|linear_.* octets .*bf16 (64x64|128x256)"
 )
 
 
@@ -31,14 +32,43 @@ def test_every_configuration_keeps_its_budgets(arch):
     assert [(row["case"], row["broken_budgets"]) for row in rows if row["broken_budgets"]] == []
 
 
+# Cases whose kernels differ in nothing but the epilogue, and the case with which each is compared.
+EPILOGUES = {
+    "bias_act": ("linear_fwd", "linear_dgrad"),
+    "bias_act_bitmask": ("linear_fwd relu", "linear_dgrad"),
+    "bias_act_preact": ("linear_fwd silu", "linear_dgrad"),
+    "bias_norm_act": ("linear_fwd norm relu", "linear_dgrad"),
+    "dact_bitmask": ("linear_dgrad relu", "linear_dgrad"),
+    "dact_saved": ("linear_dgrad tanh", "linear_dgrad"),
+    "dact_dropout": ("linear_dgrad relu dropout", "linear_dgrad"),
+    "add_to": ("linear_wgrad add", "linear_wgrad"),
+}
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """Machine instructions of every case in the tile 128x128x64 with TMA."""
+    names = "|".join({name for pair in EPILOGUES.values() for name in pair})
+    done = run("-m", "fusemlp.bench", "codegen", "90", "--filter", f"^({names}) bf16 128x128x64 tma split 1")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["case"].removesuffix(" bf16 128x128x64 tma split 1"): row["machine_instructions"] for row in rows}
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_the_cost_model_knows_the_instructions_of_epilogues(epilogue, instructions):
+    with_it, without = (instructions[name] for name in EPILOGUES[epilogue])
+    expected = EPILOGUE_INSTRUCTIONS[epilogue] - EPILOGUE_INSTRUCTIONS["identity"]
+    assert with_it - without == pytest.approx(expected, rel=0.15)
+
+
 def test_a_broken_budget_is_reported():
     broken = """
 from fusemlp.bench.codegen import INSTRUCTIONS, Resources
 counts = dict.fromkeys(INSTRUCTIONS, 0)
 case = "linear_fwd bf16 128x256x64 tma split 1"
-print(Resources("_gemm_kernel", case, 90, 8, 255, 8, 300_000, counts).broken_budgets())
+print(Resources("_gemm_kernel", case, 90, 8, 255, 8, 300_000, 1000, counts, "C7514").broken_budgets())
 """
-    expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load"]
+    expected = ["stack 8 B", "shared memory 300000 B", "no HGMMA", "no TMA load", "C7514"]
     assert run("-c", broken).stdout.strip() == str(expected)
 
 
@@ -53,7 +83,7 @@ OCCUPANCY = {
 
 @pytest.mark.parametrize(("warps", "registers", "shared", "percent"), OCCUPANCY.values(), ids=OCCUPANCY)
 def test_occupancy_by_hand(warps, registers, shared, percent):
-    assert Resources("k", "case", 90, warps, registers, 0, shared, {}).occupancy == percent
+    assert Resources("k", "case", 90, warps, registers, 0, shared, 0, {}).occupancy == percent
 
 
 LAUNCHES = '''
@@ -115,7 +145,7 @@ drops = [
 def block(norm, drop):
     launch.launch(
         batch_norm._apply_kernel, 4, x.device, x, y, norm, drop, 64, 64, 64, 1, FNS=functions_of_preact("relu"),
-        ACC_DTYPE=tl.float32, BLOCK_M=16, BLOCK_N=64,
+        ACC_DTYPE=tl.float32, OCTETS=True, BLOCK_M=16, BLOCK_N=64,
     )
 
 for cached in (False, True, True):

@@ -1,5 +1,6 @@
 """The choice of a tile: what any shape gets, and how it compares with what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +27,23 @@ sizes = st.integers(1, 100_000)
     split_k=st.booleans(),
     row_sum=st.booleans(),
     gpu=st.sampled_from(GPUS),
-    num_sms=st.integers(1, 160),
-    shared_kib=st.sampled_from([99, 163, 227]),
+    sms=st.integers(1, 160),
 )
-def test_every_shape_gets_a_pinned_tile(
-    M, N, K, itemsize, tensor_cores, tma, heavy, split_k, row_sum, gpu, num_sms, shared_kib
-):
+def test_every_shape_gets_a_pinned_tile(M, N, K, itemsize, tensor_cores, tma, heavy, split_k, row_sum, gpu, sms):
     product = Gemm(M, N, K, itemsize=itemsize, tensor_cores=tensor_cores, row_sum=row_sum)
-    entry, splits = select_gemm(
-        product, tma=tma, heavy_epilogue=heavy, split_k=split_k, gpu=gpu, num_sms=num_sms, shared_kib=shared_kib
-    )
+    gpu = gpu.scaled(sms)
+    entry, splits = select_gemm(product, tma=tma, heavy_epilogue=heavy, split_k=split_k, gpu=gpu)
     assert entry in config.ALL_GEMM_CONFIGS
     assert not entry.tma or (tma and itemsize == 2)
-    assert entry.shared_kib <= shared_kib
-    assert splits == 1 or (split_k and splits * entry.tiles(M, N) <= 4 * num_sms)
+    assert entry.shared_kib <= gpu.shared_kib
+    assert splits == 1 or (split_k and splits * entry.tiles(M, N) <= 4 * sms)
     steps = config.cdiv(K, entry.BLOCK_K)
     assert (splits - 1) * config.cdiv(steps, splits) < steps, "a range without a step"
 
 
 def choose(M, N, K, tma=True, heavy_epilogue=False, split_k=False, shared_kib=227, **product):
-    return select_gemm(
-        Gemm(M, N, K, **product), tma=tma, heavy_epilogue=heavy_epilogue, split_k=split_k, gpu=H200, num_sms=132,
-        shared_kib=shared_kib,
-    )  # fmt: skip
+    gpu = replace(H200, shared_kib=shared_kib)
+    return select_gemm(Gemm(M, N, K, **product), tma=tma, heavy_epilogue=heavy_epilogue, split_k=split_k, gpu=gpu)
 
 
 WIDEST, HIGH, _ = config.TMA_16BIT
@@ -97,7 +92,7 @@ def measured():
     table["tile"] = [tiles.get(key) for key in zip(table["tile"], table["warps"], strict=True)]
     table = table.dropna(subset="tile")
     table["predicted"] = [
-        gemm_us(product_of(row.kind, int(row.M), int(row.N), int(row.K)), row.tile, int(row.split_k), H200, 132)
+        gemm_us(product_of(row.kind, int(row.M), int(row.N), int(row.K)), row.tile, int(row.split_k), H200)
         for row in table.itertuples()
     ]
     return table
@@ -117,7 +112,7 @@ def test_the_chosen_tile_is_nearly_the_fastest_measured(measured):
             product.M, product.N, product.K, tma=product.vectors, split_k=kind in ("wgrad", "dgrad"),
             vectors=product.vectors, row_sum=product.row_sum, epilogue=product.epilogue,
         )  # fmt: skip
-        assert tile in fitting_tiles(product, tma=product.vectors, heavy_epilogue=False, shared_kib=227)
+        assert tile in fitting_tiles(product, tma=product.vectors, heavy_epilogue=False, gpu=H200)
         mine = variants[variants["tile"] == tile].sort_values("split_k")
         losses.append(np.interp(splits, mine["split_k"], mine["us"]) / variants["us"].min())
     assert np.exp(np.log(losses).mean()) < 1.03

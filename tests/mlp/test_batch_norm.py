@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fusemlp.kernels import cost, launch
+from fusemlp.kernels import config, cost, gpu, launch
 from fusemlp.mlp import BatchNorm1d
 from fusemlp.mlp import functional as F
 from fusemlp.mlp.reference import ACTIVATIONS
@@ -117,7 +117,7 @@ def test_large_mean_and_small_deviation_stay_accurate(make, kernels):
 
 @pytest.mark.parametrize("sms", [1, 2, 40])
 def test_splits_of_the_rows_merge_to_the_same(sms, make, kernels, monkeypatch):
-    monkeypatch.setattr(launch, "num_sms", lambda _: sms)
+    monkeypatch.setattr(gpu, "of", lambda _: gpu.INTERPRETER.scaled(sms))
     monkeypatch.setattr(config, "POINTWISE_ELEMENTS", 256)
     assert_three_way(three_way(*make((150, 40))))
 
