@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .kernels.launch import backend, explain
+    from .kernels.launch import backend
     from .mlp import (
         MLP,
         BatchNorm1d,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         fold_batch_norm,
         functional,
     )
+    from .mlp.explain import explain
     from .parallel import (
         ColumnParallelLinear,
         ColwiseParallel,
@@ -62,7 +63,7 @@ _PARALLEL = (
     *("SyncBatchNorm1d", "convert_sync_batch_norm", "parallelize", "vocab_parallel_cross_entropy"),
 )
 _MODULES = dict.fromkeys(__all__, ".mlp") | dict.fromkeys(_PARALLEL, ".parallel")
-_MODULES |= dict.fromkeys(("backend", "explain"), ".kernels.launch")
+_MODULES |= {"backend": ".kernels.launch", "explain": ".mlp.explain"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import codegen, compare, gpu_check, kernels, mlp, ops, products, regimes, report, roofline, scaling, traffic
+from . import (
+    codegen,
+    compare,
+    gpu_check,
+    kernels,
+    mlp,
+    ops,
+    predict,
+    products,
+    regimes,
+    report,
+    roofline,
+    scaling,
+    traffic,
+)
 
 COMMANDS = {
     "gpu-check": gpu_check,
@@ -16,6 +30,7 @@ COMMANDS = {
     "roofline": roofline,
     "ops": ops,
     "mlp": mlp,
+    "predict": predict,
     "products": products,
     "kernels": kernels,
     "regimes": regimes,

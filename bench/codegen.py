@@ -40,7 +40,7 @@ from ..kernels.config import GemmConfig
 from ..kernels.cross_entropy import cross_entropy_fwd
 from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 from ..kernels.dropout import dropout, dropout_args
-from ..kernels.epilogue import AddArgs, Epilogue, add_to, bitmask_width
+from ..kernels.epilogue import AddArgs, Epilogue, EpilogueKind, add_to, bitmask_width
 from ..kernels.gemm import gemm, plan_gemm
 from ..kernels.linear import (
     activation_bwd,
@@ -241,7 +241,7 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in NORM_ACTIVATIONS:
         yield f"linear_dgrad {name} dropout", lambda name=name: linear_dgrad_dropout(dz, w, x, dropout, name)
     total = torch.empty(N, K, dtype=dtype)
-    add = Epilogue(add_to, AddArgs(total), heavy=True)
+    add = Epilogue(EpilogueKind(add_to, heavy=True), AddArgs(total))
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)
     # Rows that are multiples of 8 elements, but not of 16.
     x, w, dz = (torch.empty(shape, dtype=dtype) for shape in ((M, 1000), (1000, 1000), (M, 1000)))

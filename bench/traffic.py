@@ -23,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ..kernels import cost, launch
 from ..kernels.cost import Launch
+from ..kernels.cost_model import Gemm, cublas_us
+from ..kernels.gpu import H200
 from .cases import LOSSES, NETS, QUICK_LOSSES, QUICK_NETS, LossCase, NetCase
 from .command import add_common_arguments, check_any, print_table, select
 from .hopper import served_as_on_hopper
@@ -57,8 +59,15 @@ class AtenTraffic(TorchDispatchMode):
             read = [each for position, each in enumerate(args) if position != UNREAD.get(name)]
             again = [args[position] for position in READ_TWICE.get(name, ())]
             tensors = tuple(t for t in tree_leaves((read, again, kwargs, result)) if isinstance(t, Tensor))
-            cost.report(name, flops, tensors)
+            cost.report(name, flops, tensors, product_us(name, args) if flops else None)
         return result
+
+
+def product_us(name: str, args: tuple[Any, ...]) -> float:
+    """The predicted time of a matrix product of PyTorch's on an H200; see `kernels.cost_model`."""
+    left, right = args[1:3] if name == "aten.addmm" else args[:2]
+    (M, K), N = left.shape, right.shape[1]
+    return cublas_us(Gemm(M, N, K, itemsize=left.dtype.itemsize), H200)
 
 
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -76,18 +85,18 @@ def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[
     return ahead.launches, back.launches
 
 
-def count_net(case: NetCase) -> Layers:
-    """Collect the launches of one training step of a net, layer by layer, with the active backend."""
+def net_step(case: NetCase) -> tuple[Callable[[], Tensor], Tensor]:
+    """The forward pass of a net with the active backend, on tensors without storage, and a gradient of its result."""
     x, dy = (
         torch.empty(case.rows, width, dtype=case.dtype, device="meta")
         for width in (case.in_features, case.out_features)
     )
     net = case.build(x.device)
-    return by_layer(*launches_of_step(lambda: net(x), dy))
+    return lambda: net(x), dy
 
 
-def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> Layers:
-    """Collect the launches of a loss and its gradients, as one layer.
+def loss_step(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> tuple[Callable[[], Tensor], Tensor]:
+    """The forward pass of a loss on tensors without storage, and a gradient of its result.
 
     Args:
         case: The loss.
@@ -97,8 +106,17 @@ def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> 
     shapes = [(M, C)] if K is None else [(M, K), (C, K)]
     inputs = [torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True) for shape in shapes]
     target = torch.empty(M, dtype=torch.int64, device="meta")
-    grad = torch.empty((), dtype=case.dtype, device="meta")
-    return [list(chain(*launches_of_step(lambda: loss(case, target)(*inputs), grad)))]
+    return lambda: loss(case, target)(*inputs), torch.empty((), dtype=case.dtype, device="meta")
+
+
+def count_net(case: NetCase) -> Layers:
+    """Collect the launches of one training step of a net, layer by layer, with the active backend."""
+    return by_layer(*launches_of_step(*net_step(case)))
+
+
+def count_loss(case: LossCase, loss: Callable[[LossCase, Tensor], Function]) -> Layers:
+    """Collect the launches of a loss and its gradients, as one layer; see `loss_step`."""
+    return [list(chain(*launches_of_step(*loss_step(case, loss))))]
 
 
 def by_layer(forward: list[Launch], backward: list[Launch]) -> Layers:

@@ -29,20 +29,25 @@ from .dropout import DropoutArgs, drop
 from .tile import cast, tile_pointers
 
 
-class Epilogue(NamedTuple):
-    """An epilogue with its arguments and functions.
+class EpilogueKind(NamedTuple):
+    """An epilogue without its arguments: what is compiled.
 
     Attributes:
         tile_fn: the device function.
-        args: its arguments.
         fns: device functions of an activation.
         heavy: whether it needs so many registers that the widest tile would spill.
     """
 
     tile_fn: Any
-    args: Any = None
     fns: Functions = Functions()
     heavy: bool = False
+
+
+class Epilogue(NamedTuple):
+    """An epilogue with its arguments, one of the named tuples below, or None if it takes none."""
+
+    kind: EpilogueKind
+    args: Any = None
 
 
 class BiasArgs(NamedTuple):

@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cost, dispatch, gpu, launch
-from .activation import Functions
 from .activation import identity as no_activation
 from .config import cdiv
 from .cost_model import Gemm, align_us, gemm_us
-from .epilogue import Epilogue, bias_act, identity
+from .epilogue import Epilogue, EpilogueKind, bias_act, identity
 from .gpu import Gpu
 from .tile import acc_dtype, cast, in_octets, matmul_tile, store_tile, tile_order, triton_acc_dtype
 
@@ -123,7 +122,7 @@ def _split_k_reduce_kernel(parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
                 tl.store(part.row_sum + offs_row, cast(total, part.row_sum.dtype.element_ty), mask=mask)
 
 
-IDENTITY = Epilogue(identity)
+IDENTITY = Epilogue(EpilogueKind(identity))
 REDUCE_BLOCK = 1024
 
 
@@ -136,6 +135,10 @@ class Layout(NamedTuple):
     stride_col: int
     dtype: torch.dtype
     aligned: bool
+
+    def t(self) -> "Layout":
+        """The layout of the transpose."""
+        return Layout(self.cols, self.rows, self.stride_col, self.stride_row, self.dtype, self.aligned)
 
     @property
     def row_major(self) -> bool:
@@ -159,10 +162,17 @@ class Layout(NamedTuple):
         pitch = self.stride_row if self.row_major else self.stride_col
         return self.aligned and self.dtype.itemsize == 2 and 1 in self[2:4] and pitch > 0 and pitch % 8 == 0
 
+    def padded(self) -> "Layout":
+        """The layout of what `aligned` returns."""
+        if not self.row_major and self.stride_row == 1:
+            return self.t().padded().t()
+        return Layout(self.rows, self.cols, cdiv(self.cols, 8) * 8, 1, self.dtype, True)
+
 
 def layout_of(x: Tensor) -> Layout:
     """The layout of a matrix."""
-    return Layout(*x.shape, *x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+    (rows, cols), (stride_row, stride_col) = x.shape, x.stride()
+    return Layout(rows, cols, stride_row, stride_col, x.dtype, x.data_ptr() % 16 == 0)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -187,6 +197,7 @@ class GemmPlan:
 
     Attributes:
         number: distinguishes plans.
+        product: what is computed.
         us: predicted time in microseconds.
         cublas: whether cuBLAS computes the product.
         align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`aligned`).
@@ -201,6 +212,7 @@ class GemmPlan:
     """
 
     number: int
+    product: Gemm
     us: float
     cublas: bool
     align_a: bool
@@ -214,20 +226,29 @@ class GemmPlan:
     numbers: tuple[int, ...]
     meta: dict[str, Any]
 
+    @property
+    def path(self) -> str:
+        """The code that computes the product, in words."""
+        first = "aligned copies, then " if self.align_a or self.align_b else ""
+        if self.cublas:
+            return f"{first}cuBLAS"
+        tile = "x".join(map(str, self.block)) + (" TMA" if self.tma else "")
+        ranges = f", K in {self.split_k} ranges" if self.split_k > 1 else ""
+        return f"{first}Triton {tile}{ranges}"
+
 
 _plan_numbers = itertools.count()
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_gemm(
-    a: Layout, b: Layout, out: Layout, tile_fn: Any, fns: Functions, heavy_epilogue: bool, row_sum: bool, tf32: bool,
-    on: Gpu,
+    a: Layout, b: Layout, out: Layout, kind: EpilogueKind, row_sum: bool, tf32: bool, on: Gpu
 ) -> GemmPlan:  # fmt: skip
     """Plan the launch of a GEMM.
 
     Args:
         a, b, out: layouts of the operands and of the result.
-        tile_fn, fns, heavy_epilogue: see `Epilogue`.
+        kind: of the epilogue.
         row_sum: whether the rows of a are added up.
         tf32: whether float32 operands are rounded to TF32.
         on: the GPU.
@@ -239,27 +260,28 @@ def plan_gemm(
         tensor_cores=a.dtype.itemsize == 2 or tf32,
         vectors=a.vectors and b.vectors,
         row_sum=row_sum,
-        epilogue=tile_fn.__name__,
+        epilogue=kind.tile_fn.__name__,
     )  # fmt: skip
-    select = functools.partial(
-        dispatch.select_gemm,
-        heavy_epilogue=heavy_epilogue,
-        split_k=tile_fn is identity,
+    tile, split_k = dispatch.select_gemm(
+        product,
+        tma=a.describable and b.describable and on.tma,
+        heavy_epilogue=kind.heavy,
+        split_k=kind.tile_fn is identity,
         gpu=on,
     )
-    tile, split_k = select(product, tma=a.describable and b.describable and on.tma)
-    misaligned = [x for x in (a, b) if not x.describable]
     us = gemm_us(product, tile, split_k, on)
-    pays = False
-    if misaligned and on.tma and a.dtype.itemsize == 2:
-        with_tma = replace(product, vectors=True)
-        copies = [align_us(x.rows * x.cols * x.dtype.itemsize, on) for x in misaligned]
-        fast = gemm_us(with_tma, *select(with_tma, tma=True), on) + sum(copies)
-        pays = fast < us
+    misaligned = [not x.describable for x in (a, b)]
+    if any(misaligned) and on.tma and a.dtype.itemsize == 2:
+        after = plan_gemm(*(x if x.describable else x.padded() for x in (a, b)), out, kind, row_sum, tf32, on)
+        copies = sum(align_us(x.rows * x.cols * 2, on) for x in (a, b) if not x.describable)
+        if after.us + copies < us:
+            align_a, align_b = misaligned
+            number = next(_plan_numbers)
+            return replace(after, number=number, us=after.us + copies, align_a=align_a, align_b=align_b)
     cublas = (
         on.cublas
-        and not misaligned
-        and (tile_fn is identity or (tile_fn is bias_act and fns.act is no_activation))
+        and not any(misaligned)
+        and (kind.tile_fn is identity or (kind.tile_fn is bias_act and kind.fns.act is no_activation))
         and a.dtype == out.dtype
         and out.row_major
         and out.stride_row == N
@@ -271,10 +293,11 @@ def plan_gemm(
     sizes = M, N, K, *a[2:4], *b[2:4], N if split_k > 1 else out.stride_row
     return GemmPlan(
         number=next(_plan_numbers),
+        product=product,
         us=dispatch.cublas_time(product, on) if cublas else us,
         cublas=cublas,
-        align_a=pays and not a.describable,
-        align_b=pays and not b.describable,
+        align_a=False,
+        align_b=False,
         programs=min(programs, on.sms) if tile.tma else programs,
         split_k=split_k,
         block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
@@ -283,8 +306,8 @@ def plan_gemm(
         acc_dtype=acc_dtype(a.dtype),
         numbers=(*sizes, numel),
         meta={
-            "EPILOGUE": tile_fn,
-            "EPILOGUE_FNS": fns,
+            "EPILOGUE": kind.tile_fn,
+            "EPILOGUE_FNS": kind.fns,
             "ACC_DTYPE": triton_acc_dtype(a.dtype),
             "INPUT_PRECISION": "tf32" if tf32 else "ieee",
             "SPLIT_K": split_k,
@@ -386,11 +409,13 @@ def gemm(
     """
     launch.check_addressable(a, b)
     tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
-    rest = layout_of(out), epilogue.tile_fn, epilogue.fns, epilogue.heavy, row_sum is not None, tf32, gpu.of(a.device)
-    plan = plan_gemm(layout_of(a), layout_of(b), *rest)
-    if plan.align_a or plan.align_b:
-        a, b = aligned(a) if plan.align_a else a, aligned(b) if plan.align_b else b
-        plan = plan_gemm(layout_of(a), layout_of(b), *rest)
+    plan = plan_gemm(
+        layout_of(a), layout_of(b), layout_of(out), epilogue.kind, row_sum is not None, tf32, gpu.of(a.device)
+    )
+    if plan.align_a:
+        a = aligned(a)
+    if plan.align_b:
+        b = aligned(b)
     M, N, K, *_, numel = plan.numbers
     if plan.cublas:
         _by_cublas(a, b, out, epilogue, row_sum)

@@ -99,7 +99,12 @@ def best_on_gpu(dtype: torch.dtype, device: torch.device, product: bool = True) 
         device: a CUDA device.
         product: see `explain`.
     """
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    return best_on(torch.cuda.get_device_capability(device), dtype, product)
+
+
+def best_on(capability: tuple[int, int], dtype: torch.dtype, product: bool = True) -> Choice:
+    """`best_on_gpu` for a compute capability."""
+    if capability < (8, 0):
         return Choice("torch", "kernels need compute capability 8.0")
     if not product:
         return Choice("triton", "one pass instead of several")

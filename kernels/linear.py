@@ -25,6 +25,7 @@ from .epilogue import (
     BiasSavingArgs,
     DropoutActArgs,
     Epilogue,
+    EpilogueKind,
     SavedArgs,
     bias_act,
     bias_act_bitmask,
@@ -67,7 +68,8 @@ def linear_fwd(
         mask (see `epilogue.py`) or the preactivation (M, N).
     """
     y, *saved = outputs = _linear_fwd_outputs(x, w, b, activation, save)
-    gemm("linear_fwd", x, w.t(), y, _act_epilogue(b, activation, *saved))
+    args = BiasSavingArgs(b, *saved) if saved else BiasArgs(b)
+    gemm("linear_fwd", x, w.t(), y, Epilogue(forward_kind(activation, save), args))
     return outputs
 
 
@@ -82,27 +84,29 @@ def aligned_input(x: Tensor, w: Tensor) -> Tensor:
     if at.describable:
         return x
     out = Layout(x.shape[0], w.shape[0], w.shape[0], 1, x.dtype, True)
-    plan = plan_gemm(at, layout_of(w.t()), out, identity, Functions(), False, False, False, gpu.of(x.device))
+    plan = plan_gemm(at, layout_of(w.t()), out, IDENTITY.kind, False, False, gpu.of(x.device))
     return aligned(x) if plan.align_a else x
 
 
-def _act_epilogue(b: Tensor | None, activation: str | None, saved: Tensor | None = None) -> Epilogue:
+def forward_kind(activation: str | None, save: bool) -> EpilogueKind:
+    """The kind of epilogue of a forward product; save: whether it stores what backward needs besides the result."""
     if activation is None:
-        return Epilogue(bias_act, BiasArgs(b), Functions(act=identity))
+        return EpilogueKind(bias_act, Functions(act=identity))
     entry = ACTIVATIONS[activation]
     heavy = entry.saves == "preact"
-    if saved is None:
-        return Epilogue(bias_act, BiasArgs(b), Functions(act=entry.act), heavy)
+    if not save or entry.saves == "postact":
+        return EpilogueKind(bias_act, Functions(act=entry.act), heavy)
     tile_fn = bias_act_preact if heavy else bias_act_bitmask
-    fns = Functions(act=entry.act, active=entry.active)
-    return Epilogue(tile_fn, BiasSavingArgs(b, saved), fns, heavy)
+    return EpilogueKind(tile_fn, Functions(act=entry.act, active=entry.active), heavy)
 
 
-def _dact_epilogue(activation: str, saved: Tensor) -> Epilogue:
+def dgrad_kind(activation: str | None) -> EpilogueKind:
+    """The kind of epilogue of the gradient of the input, with the activation of the layer below."""
+    if activation is None:
+        return IDENTITY.kind
     entry = ACTIVATIONS[activation]
     bitmask = entry.saves == "bitmask"
-    tile_fn = dact_bitmask if bitmask else dact_saved
-    return Epilogue(tile_fn, SavedArgs(saved), Functions(dact=entry.dact), heavy=not bitmask)
+    return EpilogueKind(dact_bitmask if bitmask else dact_saved, Functions(dact=entry.dact), heavy=not bitmask)
 
 
 def _linear_dgrad_outputs(
@@ -125,7 +129,8 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
         [dz w], (M, K); with an activation, [(dz w) * act'(saved)].
     """
     (dx,) = outputs = _linear_dgrad_outputs(dz, w, activation, saved)
-    gemm("linear_dgrad", dz, w, dx, _dact_epilogue(activation, saved) if activation and saved is not None else IDENTITY)
+    args = None if saved is None else SavedArgs(saved)
+    gemm("linear_dgrad", dz, w, dx, Epilogue(dgrad_kind(activation), args))
     return outputs
 
 
@@ -158,7 +163,8 @@ def linear_fwd_norm(
     """
     (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
     args = BiasNormArgs(b, NormArgs(mean, var, norm_weight, norm_bias, eps))
-    gemm("linear_fwd", x, w.t(), y, Epilogue(bias_norm_act, args, functions_of_preact(activation), heavy=True))
+    kind = EpilogueKind(bias_norm_act, functions_of_preact(activation), heavy=True)
+    gemm("linear_fwd", x, w.t(), y, Epilogue(kind, args))
     return outputs
 
 
@@ -176,8 +182,8 @@ def linear_dgrad_dropout(dz: Tensor, w: Tensor, x: Tensor, dropout: DropoutArgs,
         A tensor (M, K).
     """
     dx = dz.new_empty(dz.shape[0], w.shape[1])
-    args = DropoutActArgs(x, dropout)
-    gemm("linear_dgrad", dz, w, dx, Epilogue(dact_dropout, args, functions_of_preact(activation), heavy=True))
+    kind = EpilogueKind(dact_dropout, functions_of_preact(activation), heavy=True)
+    gemm("linear_dgrad", dz, w, dx, Epilogue(kind, DropoutActArgs(x, dropout)))
     return dx
 
 
@@ -254,10 +260,10 @@ def activation_bwd(dy: Tensor, activation: str, saved: Tensor) -> list[Tensor]:
     launch.check_addressable(dy)
     M, N = dy.shape
     block_m, block_n = ACTIVATION_BWD_BLOCK
-    dact = _dact_epilogue(activation, saved)
+    dact = dgrad_kind(activation)
     launch.launch(
         _activation_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), dy.device,
-        dy, dz, dact.args, M, N, *dy.stride(),
+        dy, dz, SavedArgs(saved), M, N, *dy.stride(),
         DACT=dact.tile_fn, DACT_FNS=dact.fns, ACC_DTYPE=triton_acc_dtype(dy.dtype), OCTETS=all_octets(N, dy.stride(0)),
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

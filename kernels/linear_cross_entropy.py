@@ -27,10 +27,11 @@ from .cross_entropy import (
     empty_loss,
 )
 from .cross_entropy_bwd import cross_entropy_bwd_into
-from .epilogue import AddArgs, BiasArgs, Epilogue, add_to, bias_act
+from .epilogue import AddArgs, BiasArgs, Epilogue, EpilogueKind, add_to, bias_act
 from .gemm import IDENTITY, gemm
 from .tile import acc_dtype, cast, triton_acc_dtype
 
+WITH_BIAS = EpilogueKind(bias_act, Functions(act=identity))
 MAX_CHUNK_BYTES = 512 * 2**20
 # The share of a device's memory that the logits of a chunk may take. It is a share of all memory, not of the free
 # memory: sums over chunks round differently with other chunks, and results must not depend on what is free.
@@ -154,7 +155,7 @@ def linear_cross_entropy(
         # 1. Compute the logits of a chunk.
         rows = slice(first, min(first + at_once, M))
         logits, x_rows = room[: rows.stop - first, :C], x[rows]
-        gemm("linear_fwd", x_rows, w.t(), logits, Epilogue(bias_act, BiasArgs(b), Functions(act=identity)))
+        gemm("linear_fwd", x_rows, w.t(), logits, Epilogue(WITH_BIAS, BiasArgs(b)))
         # 2. Compute its losses.
         stats = x.new_empty(3, len(logits), dtype=acc)
         given = target[rows], rules, stats
@@ -167,7 +168,7 @@ def linear_cross_entropy(
         if dx is not None:
             gemm("linear_dgrad", logits, w, dx[rows])
         if dw is not None:
-            so_far = Epilogue(add_to, AddArgs(dw), heavy=True) if first else IDENTITY
+            so_far = Epilogue(EpilogueKind(add_to, heavy=True), AddArgs(dw)) if first else IDENTITY
             db_rows = None if db is None else torch.empty_like(db)
             gemm("linear_wgrad", logits.t(), x_rows, dw, so_far, row_sum=db_rows)
             if db is not None:

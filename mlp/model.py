@@ -170,7 +170,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
     one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
     position = 0
     while position < len(modules):
-        layer, count = _layer_at(modules, position, input.dim())
+        layer, count = layer_at(modules, position, input.dim())
         position += count
         if layer is not None:
             layers.append(layer)
@@ -183,7 +183,7 @@ def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = Fal
     return linear_chain(input, layers, recompute) if layers else input
 
 
-def _layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
+def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
     """Find the layer that begins at a position.
 
     A layer is a linear module and, in this order, optional batch norm, activation and dropout.
