@@ -41,7 +41,7 @@ from ..kernels.cross_entropy import cross_entropy_fwd
 from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 from ..kernels.dropout import dropout, dropout_args
 from ..kernels.epilogue import AddArgs, Epilogue, EpilogueKind, add_to, bitmask_width
-from ..kernels.gemm import gemm, plan_gemm
+from ..kernels.gemm import forget_plans, gemm
 from ..kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -348,7 +348,7 @@ def audit(arch: int, only: str, quick: bool = False) -> Iterator[Resources]:
     def compiled_by(call: Callable[[], Any], case: str) -> Iterator[Resources]:
         if re.search(only, case):
             compiled.clear()
-            plan_gemm.cache_clear()
+            forget_plans()
             with suppress(NeverChosen):
                 call()
             yield from (read_resources(each, case, arch) for each in compiled)

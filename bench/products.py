@@ -31,7 +31,7 @@ from torch import Tensor
 from ..kernels import config, dispatch, gpu
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
-from ..kernels.gemm import layout_of, plan_gemm
+from ..kernels.gemm import forget_plans, layout_of
 from ..kernels.linear import linear_dgrad, linear_fwd, linear_wgrad
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import add_common_arguments, check_any, print_table, select
@@ -125,12 +125,12 @@ def _splits(product: Product, tile: GemmConfig, device: torch.device) -> list[in
 @contextmanager
 def pinned(tile: GemmConfig, split_k: int) -> Iterator[None]:
     """Compute every product inside the `with` block with this tile and split of K."""
-    plan_gemm.cache_clear()  # it caches plans by shape
+    forget_plans()  # it caches plans by shape
     try:
         with patch.object(dispatch, "select_gemm", lambda *_, **__: (tile, split_k)):
             yield
     finally:
-        plan_gemm.cache_clear()
+        forget_plans()
 
 
 def tile_name(tile: GemmConfig) -> str:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ..mlp.training.checkpoint import atomic_write
 from . import plot
+from .cases import NETS
 from .competitors import CEILING
 
 
@@ -150,6 +151,40 @@ def means(results: Path) -> str:
     return "\n".join(parts) or NO_GPU
 
 
+def _predicted(results: Path) -> pd.DataFrame:
+    (path,) = stored(results, "predicted/predict.csv")
+    return pd.read_csv(path)
+
+
+def predicted(results: Path) -> str:
+    """The section on predicted times of training steps, beside what was measured of the competitors."""
+    rows = _predicted(results)
+    table = pd.DataFrame(
+        {
+            "case": rows["case"],
+            "fusemlp, modelled, µs": rows["fusemlp_us"].map("{:,.0f}".format),
+            "floor, µs": rows["floor_us"].map("{:,.0f}".format),
+            "torch, measured, µs": rows["torch_measured_us"].map("{:,.0f}".format),
+            "torch.compile, measured, µs": rows["torch.compile_measured_us"].map("{:,.0f}".format),
+            "over torch": rows["over_torch"].map("{:.2f}x".format),
+            "over torch.compile": rows["over_torch.compile"].map("{:.2f}x".format),
+        }
+    )
+    note = "A training step under CUDA graphs on an H200. Times of fusemlp are **modelled, not measured**."
+    return f"{markdown(table)}\n{note}\n"
+
+
+def predicted_means(results: Path) -> str:
+    """The section on the geometric means of what is predicted over the nets."""
+    rows = _predicted(results)
+    nets = rows[rows["case"].isin([case.name for case in NETS])]
+    over = {name: math.exp(nets[f"over_{name}"].map(math.log).mean()) for name in ("torch", "torch.compile")}
+    return (
+        f"Training under CUDA graphs on an H200, geometric means over the nets: {over['torch']:.2f} times as fast as "
+        f"torch and {over['torch.compile']:.2f} times as fast as torch.compile, **modelled, not measured**.\n"
+    )
+
+
 def claims(results: Path) -> str:
     """The section on the textbook claims that `regimes` tests."""
     (path,) = stored(results, "cpu/claims.csv")
@@ -170,6 +205,8 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
 }
 SECTIONS: dict[str, Callable[[Path], str]] = {
+    "predicted": predicted,
+    "predicted-means": predicted_means,
     "traffic": traffic,
     "scaling": scaling,
     "codegen": codegen,

@@ -16,6 +16,7 @@ no exchange between threads.
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns, and sees no fields of a
 # constexpr)
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -28,9 +29,12 @@ from .config import cdiv
 from .dropout import DropoutArgs, drop
 from .tile import cast, tile_pointers
 
+NO_FUNCTIONS = Functions()
 
-class EpilogueKind(NamedTuple):
-    """An epilogue without its arguments: what is compiled.
+
+@dataclass(frozen=True, eq=False)
+class EpilogueKind:
+    """An epilogue without its arguments: what is compiled. Kinds are made once; each equals only itself.
 
     Attributes:
         tile_fn: the device function.
@@ -39,7 +43,7 @@ class EpilogueKind(NamedTuple):
     """
 
     tile_fn: Any
-    fns: Functions = Functions()
+    fns: Functions = NO_FUNCTIONS
     heavy: bool = False
 
 

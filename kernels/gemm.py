@@ -8,7 +8,6 @@ Transposes are views. The kernel is persistent: each program computes output til
 there is one program for each tile.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -240,7 +239,6 @@ class GemmPlan:
 _plan_numbers = itertools.count()
 
 
-@functools.lru_cache(maxsize=4096)
 def plan_gemm(
     a: Layout, b: Layout, out: Layout, kind: EpilogueKind, row_sum: bool, tf32: bool, on: Gpu
 ) -> GemmPlan:  # fmt: skip
@@ -327,6 +325,31 @@ def plan_gemm(
     )
 
 
+MAX_PLANS = 4096
+_plans: dict[Any, GemmPlan] = {}
+
+
+def forget_plans() -> None:
+    """Plan every GEMM anew."""
+    _plans.clear()
+
+
+def _plan_for(a: Tensor, b: Tensor, out: Tensor, kind: EpilogueKind, row_sum: bool, tf32: bool) -> GemmPlan:
+    """`plan_gemm` for tensors. Plans are kept: a key of what tensors report is made faster than their layouts."""
+    aligned = (a.data_ptr() | b.data_ptr() | out.data_ptr()) % 16 == 0 or (
+        a.data_ptr() % 16 == 0, b.data_ptr() % 16 == 0, out.data_ptr() % 16 == 0
+    )  # fmt: skip
+    strides = a.stride(), b.stride(), out.stride()
+    on = gpu.of(a.device)
+    key = a.shape, b.shape, strides, a.dtype, out.dtype, aligned, kind, row_sum, tf32, on
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = plan_gemm(layout_of(a), layout_of(b), layout_of(out), kind, row_sum, tf32, on)
+    return plan
+
+
 class Unreduced(NamedTuple):
     """A product whose partial sums over ranges of K have not been added up yet.
 
@@ -368,8 +391,8 @@ def reduce_splits(unreduced: Sequence[Unreduced]) -> None:
 
 
 def epilogue_tensors(epilogue: Epilogue) -> list[Tensor]:
-    """The tensors that an epilogue reads or writes, for an open ledger; without one, none."""
-    return [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)] if cost.recording() else []
+    """The tensors that an epilogue reads or writes."""
+    return [t for t in tree_leaves(epilogue.args) if isinstance(t, Tensor)]
 
 
 def _by_cublas(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, row_sum: Tensor | None) -> None:
@@ -409,9 +432,7 @@ def gemm(
     """
     launch.check_addressable(a, b)
     tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
-    plan = plan_gemm(
-        layout_of(a), layout_of(b), layout_of(out), epilogue.kind, row_sum is not None, tf32, gpu.of(a.device)
-    )
+    plan = _plan_for(a, b, out, epilogue.kind, row_sum is not None, tf32)
     if plan.align_a:
         a = aligned(a)
     if plan.align_b:
@@ -419,7 +440,8 @@ def gemm(
     M, N, K, *_, numel = plan.numbers
     if plan.cublas:
         _by_cublas(a, b, out, epilogue, row_sum)
-        cost.report(name, 2 * M * N * K, (a, b, out, row_sum, *epilogue_tensors(epilogue)), plan.us)
+        if cost.recording():
+            cost.report(name, 2 * M * N * K, (a, b, out, row_sum, *epilogue_tensors(epilogue)), plan.us)
         return
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
@@ -435,8 +457,9 @@ def gemm(
         key=(plan.number, launch.specialization((row_sum_ptr, epilogue.args))),
         **plan.meta,
     )  # fmt: skip
-    results = (out, row_sum) if partial is None else (partial,)
-    cost.report(name, 2 * M * N * K, (a, b, *results, *epilogue_tensors(epilogue)), plan.us)
+    if cost.recording():
+        results = (out, row_sum) if partial is None else (partial,)
+        cost.report(name, 2 * M * N * K, (a, b, *results, *epilogue_tensors(epilogue)), plan.us)
     if partial is not None:
         todo = Unreduced(name, partial, out, row_sum)
         if unreduced is None:

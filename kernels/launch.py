@@ -70,10 +70,11 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
         return Choice("torch", "asked for by name")
     if not HAS_TRITON:
         return Choice("torch", "Triton is not installed")
-    if any(t.numel() == 0 for t in given):
-        return Choice("torch", "an empty tensor launches nothing")
-    if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in given):
-        return Choice("torch", "tensor subclasses and sparse tensors dispatch by themselves")
+    for t in given:
+        if t.numel() == 0:
+            return Choice("torch", "an empty tensor launches nothing")
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+            return Choice("torch", "tensor subclasses and sparse tensors dispatch by themselves")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
     if first.is_cuda:

@@ -7,6 +7,7 @@
 dz is the gradient of the preactivation x w^T + b. M = rows, K = in_features, N = out_features.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ def aligned_input(x: Tensor, w: Tensor) -> Tensor:
     return aligned(x) if plan.align_a else x
 
 
+@functools.cache
 def forward_kind(activation: str | None, save: bool) -> EpilogueKind:
     """The kind of epilogue of a forward product; save: whether it stores what backward needs besides the result."""
     if activation is None:
@@ -100,6 +102,7 @@ def forward_kind(activation: str | None, save: bool) -> EpilogueKind:
     return EpilogueKind(tile_fn, Functions(act=entry.act, active=entry.active), heavy)
 
 
+@functools.cache
 def dgrad_kind(activation: str | None) -> EpilogueKind:
     """The kind of epilogue of the gradient of the input, with the activation of the layer below."""
     if activation is None:
@@ -107,6 +110,12 @@ def dgrad_kind(activation: str | None) -> EpilogueKind:
     entry = ACTIVATIONS[activation]
     bitmask = entry.saves == "bitmask"
     return EpilogueKind(dact_bitmask if bitmask else dact_saved, Functions(dact=entry.dact), heavy=not bitmask)
+
+
+@functools.cache
+def _kind_of_preact(tile_fn: Any, activation: str | None) -> EpilogueKind:
+    """The kind of an epilogue that computes the activation and its derivative from the preactivation."""
+    return EpilogueKind(tile_fn, functions_of_preact(activation), heavy=True)
 
 
 def _linear_dgrad_outputs(
@@ -163,8 +172,7 @@ def linear_fwd_norm(
     """
     (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
     args = BiasNormArgs(b, NormArgs(mean, var, norm_weight, norm_bias, eps))
-    kind = EpilogueKind(bias_norm_act, functions_of_preact(activation), heavy=True)
-    gemm("linear_fwd", x, w.t(), y, Epilogue(kind, args))
+    gemm("linear_fwd", x, w.t(), y, Epilogue(_kind_of_preact(bias_norm_act, activation), args))
     return outputs
 
 
@@ -182,8 +190,7 @@ def linear_dgrad_dropout(dz: Tensor, w: Tensor, x: Tensor, dropout: DropoutArgs,
         A tensor (M, K).
     """
     dx = dz.new_empty(dz.shape[0], w.shape[1])
-    kind = EpilogueKind(dact_dropout, functions_of_preact(activation), heavy=True)
-    gemm("linear_dgrad", dz, w, dx, Epilogue(kind, DropoutActArgs(x, dropout)))
+    gemm("linear_dgrad", dz, w, dx, Epilogue(_kind_of_preact(dact_dropout, activation), DropoutActArgs(x, dropout)))
     return dx
 
 

@@ -31,6 +31,7 @@ from .epilogue import AddArgs, BiasArgs, Epilogue, EpilogueKind, add_to, bias_ac
 from .gemm import IDENTITY, gemm
 from .tile import acc_dtype, cast, triton_acc_dtype
 
+ADDED = EpilogueKind(add_to, heavy=True)
 WITH_BIAS = EpilogueKind(bias_act, Functions(act=identity))
 MAX_CHUNK_BYTES = 512 * 2**20
 # The share of a device's memory that the logits of a chunk may take. It is a share of all memory, not of the free
@@ -168,7 +169,7 @@ def linear_cross_entropy(
         if dx is not None:
             gemm("linear_dgrad", logits, w, dx[rows])
         if dw is not None:
-            so_far = Epilogue(EpilogueKind(add_to, heavy=True), AddArgs(dw)) if first else IDENTITY
+            so_far = Epilogue(ADDED, AddArgs(dw)) if first else IDENTITY
             db_rows = None if db is None else torch.empty_like(db)
             gemm("linear_wgrad", logits.t(), x_rows, dw, so_far, row_sum=db_rows)
             if db is not None:

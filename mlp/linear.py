@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from . import reference
-from .autocast import autocast
+from .autocast import autocast, autocasts
 from .autograd import Function
 from .batch_norm import norm_act_dropout, norm_act_dropout_rows
 from .chain import Entrance, run_chain
@@ -39,11 +39,12 @@ def linear_chain(
         TypeError: a wrong type or dtype.
     """
     check_layer_tensors(input, layers)
-    input = autocast(input)
-    layers = [
-        each._replace(weight=autocast(each.weight), bias=None if each.bias is None else autocast(each.bias))
-        for each in layers
-    ]
+    if autocasts(input):
+        input = autocast(input)
+        layers = [
+            each._replace(weight=autocast(each.weight), bias=None if each.bias is None else autocast(each.bias))
+            for each in layers
+        ]
     check_layers(input, layers)
     params = [t for layer in layers for t in (layer.weight, layer.bias)]
     if launch.explain(input, *params).backend == "torch":

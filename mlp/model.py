@@ -134,12 +134,13 @@ class MLP(nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        by_kernels = not torch.compiler.is_compiling() and launch.explain(input, product=False).backend == "triton"
         recomputes = self.checkpoint and torch.is_grad_enabled()
-        if not recomputes or (by_kernels and launch.explain(input, *self.parameters()).backend == "triton"):
-            dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in self)
-            with drawn_at_once(dropping, input.device) if by_kernels and dropping else nullcontext():
-                return self.run(list(self), input, recomputes)
+        if not recomputes or _by_kernels(input, *self.parameters()):
+            dropping = [child for child in self if isinstance(child, Dropout) and child.training and 0 < child.p < 1]
+            if dropping and _by_kernels(input, product=False):
+                with drawn_at_once(len(dropping), input.device):
+                    return self.run(list(self), input, recomputes)
+            return self.run(list(self), input, recomputes)
         for block in _hidden_blocks(list(self)):
             if len(block) == 1:
                 input = self.run(block, input)
@@ -153,6 +154,11 @@ class MLP(nn.Sequential):
     def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
         return run_fused(modules, input, recompute)
+
+
+def _by_kernels(*tensors: Tensor, product: bool = True) -> bool:
+    """Whether the kernels serve the tensors in eager execution."""
+    return not torch.compiler.is_compiling() and launch.explain(*tensors, product=product).backend == "triton"
 
 
 def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
@@ -194,17 +200,27 @@ def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[La
     linear = modules[position]
     if not isinstance(linear, nn.Linear) or not is_plain(linear):
         return None, 1
-    layer = Layer(linear.weight, linear.bias)
-    rest = iter([module if is_plain(module) else None for module in modules[position + 1 : position + 4]])
-    count, following = 1, next(rest, None)
+    norm = activation = None
+    p = 0.0
+    end = position + 1
+    following = _plain_at(modules, end)
     # For 3-D input, BatchNorm1d normalises dimension 1, which is not the output dimension of the linear layer.
     if isinstance(following, nn.BatchNorm1d) and dims == 2:
-        layer, count, following = layer._replace(norm=norm_of(following)), count + 1, next(rest, None)
-    if following is not None and (name := activation_name(following)):
-        layer, count, following = layer._replace(activation=name), count + 1, next(rest, None)
+        norm, end = norm_of(following), end + 1
+        following = _plain_at(modules, end)
+    if following is not None and (activation := activation_name(following)):
+        end += 1
+        following = _plain_at(modules, end)
     if isinstance(following, Dropout) and following.p < 1:
-        layer, count = layer._replace(p=following.p if following.training else 0.0), count + 1
-    return layer, count
+        p, end = following.p if following.training else 0.0, end + 1
+    return Layer(linear.weight, linear.bias, activation, norm, p), end - position
+
+
+def _plain_at(modules: Sequence[nn.Module], position: int) -> nn.Module | None:
+    """The module at a position that can belong to the layer before it, or None."""
+    if position >= len(modules) or isinstance(modules[position], nn.Linear) or not is_plain(modules[position]):
+        return None
+    return modules[position]
 
 
 def activation_name(module: nn.Module) -> str | None:

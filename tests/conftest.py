@@ -14,7 +14,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 from fusemlp.kernels import launch
-from fusemlp.kernels.gemm import plan_gemm
+from fusemlp.kernels.gemm import forget_plans
 
 # Imported after this module, so with the variable set.
 pytest_plugins = ["memcheck"]
@@ -69,7 +69,7 @@ def kernels():
 def fresh_plans():
     """For tests that pin a configuration: plans are remembered by shape."""
     yield
-    plan_gemm.cache_clear()
+    forget_plans()
 
 
 @pytest.fixture(autouse=True)

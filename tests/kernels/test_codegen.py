@@ -23,12 +23,17 @@ def run(*command):
     return subprocess.run([sys.executable, *command], env=COMPILING, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+# Of the architectures that were not tuned for, the kernels that use their tensor cores and copies.
+OTHERS = "linear_fwd relu (bf16|tf32)|linear_dgrad tanh bf16|linear_wgrad bf16 .* split 1|column_moments bf16"
+SELECTED = {80: OTHERS, 90: REPRESENTATIVE, 100: OTHERS}
+
+
+@pytest.mark.parametrize("arch", SELECTED, ids="sm_{}".format)
 def test_every_configuration_keeps_its_budgets(arch):
-    done = run("-m", "fusemlp.bench", "codegen", str(arch), "--filter", REPRESENTATIVE)
+    done = run("-m", "fusemlp.bench", "codegen", str(arch), "--filter", SELECTED[arch])
     assert done.returncode in (0, 1), done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) >= 40
+    assert len(rows) >= (40 if arch == 90 else 10)
     assert [(row["case"], row["broken_budgets"]) for row in rows if row["broken_budgets"]] == []
 
 

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from fusemlp.kernels import config, cost, dispatch, launch
-from fusemlp.kernels.gemm import gemm, layout_of, plan_gemm
+from fusemlp.kernels.gemm import forget_plans, gemm, layout_of
 from fusemlp.kernels.tile import tile_pointers
 from tolerance import assert_as_close_as_torch
 
@@ -18,7 +18,7 @@ def config_id(entry):
 
 def pin(monkeypatch, entry, split_k=1):
     monkeypatch.setattr(dispatch, "select_gemm", lambda *_, **__: (entry, split_k))
-    plan_gemm.cache_clear()
+    forget_plans()
 
 
 def check(a, b, dtype, device, row_sum=True):
