@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import (
+    calibrate,
     codegen,
     compare,
     gpu_check,
@@ -31,6 +32,7 @@ COMMANDS = {
     "ops": ops,
     "mlp": mlp,
     "predict": predict,
+    "calibrate": calibrate,
     "products": products,
     "kernels": kernels,
     "regimes": regimes,

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def predicted_means(results: Path) -> str:
     """The section on the geometric means of what is predicted over the nets."""
     rows = _predicted(results)
     nets = rows[rows["case"].isin([case.name for case in NETS])]
-    over = {name: math.exp(nets[f"over_{name}"].map(math.log).mean()) for name in ("torch", "torch.compile")}
+    over = {name: statistics.geometric_mean(nets[f"over_{name}"]) for name in ("torch", "torch.compile")}
     return (
         f"Training under CUDA graphs on an H200, geometric means over the nets: {over['torch']:.2f} times as fast as "
         f"torch and {over['torch.compile']:.2f} times as fast as torch.compile, **modelled, not measured**.\n"

@@ -270,7 +270,8 @@ def plan_gemm(
     us = gemm_us(product, tile, split_k, on)
     misaligned = [not x.describable for x in (a, b)]
     if any(misaligned) and on.tma and a.dtype.itemsize == 2:
-        after = plan_gemm(*(x if x.describable else x.padded() for x in (a, b)), out, kind, row_sum, tf32, on)
+        padded_a, padded_b = (x if x.describable else x.padded() for x in (a, b))
+        after = plan_gemm(padded_a, padded_b, out, kind, row_sum, tf32, on)
         copies = sum(align_us(x.rows * x.cols * 2, on) for x in (a, b) if not x.describable)
         if after.us + copies < us:
             align_a, align_b = misaligned
