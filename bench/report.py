@@ -58,8 +58,8 @@ def traffic(results: Path) -> str:
     ceilings = rows.iloc[0]
     return (
         f"{markdown(table.reset_index())}\n"
-        f"One training step, counted. Times are modelled, not measured: {ceilings['bandwidth_tb_s']:g} TB/s, "
-        f"{ceilings['rate_tflop_s']:g} TFLOP/s, {ceilings['launch_us']:g} µs per launch.\n"
+        f"One training step, counted. Times are modelled, not measured: {ceilings['copy_gb_s'] / 1e3:g} TB/s, "
+        f"{ceilings['gemm_tflops']:g} TFLOP/s, {ceilings['launch_us']:g} µs per launch.\n"
     )
 
 
@@ -206,14 +206,14 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
 }
 SECTIONS: dict[str, Callable[[Path], str]] = {
-    "predicted": predicted,
-    "predicted-means": predicted_means,
     "traffic": traffic,
     "scaling": scaling,
     "codegen": codegen,
     "speed": speed,
     "means": means,
     "claims": claims,
+    "predicted": predicted,
+    "predicted-means": predicted_means,
 }
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 

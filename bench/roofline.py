@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
+from ..kernels.cost import Launch
 from . import plot
 from .cases import LAYERS, NETS, QUICK_LAYERS, QUICK_NETS, LayerCase, NetCase
 from .command import (
@@ -86,7 +87,7 @@ class Ceilings:
         """The arithmetic intensity from which a computation is compute-bound, in FLOP per byte."""
         return 1e3 * self.gemm_tflops / self.copy_gb_s
 
-    def roofline_ms(self, work: Work) -> float:
+    def roofline_ms(self, work: Work | Launch) -> float:
         """The minimal time for the work, in milliseconds."""
         return max(work.flops / (1e9 * self.gemm_tflops), work.bytes / (1e6 * self.copy_gb_s))
 

@@ -44,7 +44,8 @@ from . import plot
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import add_common_arguments, check_any, print_table, select
 from .results import write_table
-from .traffic import Ceilings
+from .roofline import Ceilings
+from .traffic import modelled_us
 
 RANKS = (1, 2, 4, 8)
 BATCHES = tuple(2**i for i in range(21))
@@ -103,7 +104,7 @@ class Cluster:
     def product_us(self, M: int, N: int, K: int, itemsize: int) -> float:
         """Time of the product of M x K and K x N matrices in microseconds. Each matrix is moved once."""
         product = Launch("product", 2 * M * N * K, itemsize * (M * K + K * N + M * N))
-        return Ceilings(self.bandwidth_tb_s, self.rate_tflop_s(M, N, K), 0).modelled_us([product])
+        return modelled_us([product], Ceilings(1e3 * self.bandwidth_tb_s, self.rate_tflop_s(M, N, K)))
 
     def all_gather_us(self, whole_bytes: int, ranks: int) -> float:
         """Time to all-gather a tensor of `whole_bytes` bytes, in microseconds; 0 for one rank."""

@@ -9,7 +9,7 @@ launch takes its bytes divided by the bandwidth or its flops divided by the arit
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, pairwise
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +30,7 @@ from .command import add_common_arguments, check_any, print_table, select
 from .hopper import served_as_on_hopper
 from .passes import Function, fusemlp_loss, loss_work, torch_loss
 from .results import write_table
+from .roofline import Ceilings
 
 Layers = list[list[Launch]]
 Case = NetCase | LossCase
@@ -192,50 +193,40 @@ COUNTERS: dict[str, Callable[[Case], Layers]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Assumed limits of a GPU.
+def modelled_us(launches: Iterable[Launch], ceilings: Ceilings, launch_us: float = 0) -> float:
+    """The modelled total time of launches in microseconds.
 
-    Attributes:
-        bandwidth_tb_s: Bandwidth of device memory in TB/s.
-        rate_tflop_s: Arithmetic rate in TFLOP/s.
+    Args:
+        launches: The launches.
+        ceilings: Assumed limits of the GPU.
         launch_us: Overhead of each launch in microseconds.
     """
-
-    bandwidth_tb_s: float
-    rate_tflop_s: float
-    launch_us: float
-
-    def modelled_us(self, launches: Iterable[Launch]) -> float:
-        """The modelled total time of launches in microseconds."""
-        return sum(
-            max(each.bytes / self.bandwidth_tb_s, each.flops / self.rate_tflop_s) / 1e6 + self.launch_us
-            for each in launches
-        )
+    return sum(1e3 * ceilings.roofline_ms(each) + launch_us for each in launches)
 
 
-def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+def summarise(counted: dict[str, list[Launch]], ceilings: Ceilings, launch_us: float = 0) -> Iterator[dict[str, Any]]:
     """Compare the totals of each implementation with the floor and with PyTorch eager.
 
     Args:
         counted: Launches of each implementation, by key of COUNTERS.
         ceilings: Assumed limits of the GPU.
+        launch_us: Overhead of each launch in microseconds.
 
     Yields:
         A row for each implementation.
     """
     floor_bytes = sum(each.bytes for each in counted["floor"])
-    eager_us = ceilings.modelled_us(counted["eager"])
+    eager_us = modelled_us(counted["eager"], ceilings, launch_us)
     for what, launches in counted.items():
-        moved, modelled_us = sum(each.bytes for each in launches), ceilings.modelled_us(launches)
+        moved, us = sum(each.bytes for each in launches), modelled_us(launches, ceilings, launch_us)
         yield {
             "what": what,
             "launches": len(launches),
             "bytes": moved,
             "flops": sum(each.flops for each in launches),
             "bytes_over_floor": moved / floor_bytes,
-            "modelled_us": modelled_us,
-            "modelled_speedup": eager_us / modelled_us,
+            "modelled_us": us,
+            "modelled_speedup": eager_us / us,
         }
 
 
@@ -246,26 +237,26 @@ def layer_names(case: Case) -> list[str]:
     return [f"{number}: {K} -> {N}" for number, (K, N) in enumerate(pairwise(case.widths()))]
 
 
-def tables(cases: Iterable[Case], ceilings: Ceilings) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(cases: Iterable[Case], ceilings: Ceilings, launch_us: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make a table with the totals of each case, and a table of the same numbers layer by layer."""
     totals, layers = [], []
     for case in cases:
         counted = {what: count(case) for what, count in COUNTERS.items()}
         whole = {what: list(chain.from_iterable(each)) for what, each in counted.items()}
-        totals += [{"case": case.name, **row} for row in summarise(whole, ceilings)]
+        totals += [{"case": case.name, **row} for row in summarise(whole, ceilings, launch_us)]
         for number, name in enumerate(layer_names(case)):
             layer = {what: each[number] for what, each in counted.items()}
             key = {"case": case.name, "layer": name}
-            layers += [{**key, **row} for row in summarise(layer, ceilings)]
+            layers += [{**key, **row} for row in summarise(layer, ceilings, launch_us)]
     return pd.DataFrame(totals), pd.DataFrame(layers)
 
 
-def show(totals: pd.DataFrame, ceilings: Ceilings) -> None:
+def show(totals: pd.DataFrame, ceilings: Ceilings, launch_us: float) -> None:
     """Print the totals in MB and GFLOP."""
     shown = totals.assign(bytes=totals["bytes"] / 1e6, flops=totals["flops"] / 1e9)
     title = (
         "A training step, counted as planned for 132 multiprocessors with TMA. Times are modelled, not measured: "
-        f"{ceilings.bandwidth_tb_s:g} TB/s, {ceilings.rate_tflop_s:g} TFLOP/s, {ceilings.launch_us:g} us per launch."
+        f"{ceilings.copy_gb_s / 1e3:g} TB/s, {ceilings.gemm_tflops:g} TFLOP/s, {launch_us:g} us per launch."
     )
     print_table(shown.rename(columns={"bytes": "MB", "flops": "GFLOP"}), title)
 
@@ -285,10 +276,10 @@ def main(arguments: argparse.Namespace) -> int:
             raise ValueError(f"argument --{name}: {given}; must be above 0")
     cases = select((*QUICK_NETS, *QUICK_LOSSES) if arguments.quick else (*NETS, *LOSSES), arguments.filter)
     check_any(arguments.filter, cases)
-    ceilings = Ceilings(arguments.bandwidth, arguments.flops, arguments.launch_us)
-    totals, layers = tables(cases, ceilings)
-    show(totals, ceilings)
+    ceilings = Ceilings(1e3 * arguments.bandwidth, arguments.flops)
+    totals, layers = tables(cases, ceilings, arguments.launch_us)
+    show(totals, ceilings, arguments.launch_us)
     if arguments.out is not None:
         for name, table in (("traffic", totals), ("traffic_layers", layers)):
-            write_table(table.assign(**asdict(ceilings)), arguments.out, name)
+            write_table(table.assign(**asdict(ceilings), launch_us=arguments.launch_us), arguments.out, name)
     return 0

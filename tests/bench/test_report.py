@@ -197,7 +197,10 @@ def test_a_page_that_is_not_there_is_named(results, readme, capsys):
     ("section", "message"),
     [
         ("traffic", "traffic.csv: no such table"),
-        ("magic", "section 'magic': allowed are traffic, scaling, codegen, speed, means, claims"),
+        (
+            "magic",
+            "section 'magic': allowed are traffic, scaling, codegen, speed, means, claims, predicted, predicted-means",
+        ),
     ],
 )
 def test_what_it_cannot_render_is_one_line(section, message, readme, tmp_path, capsys):

@@ -9,8 +9,9 @@ import torch
 from fusemlp.bench import plot, scaling
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import NETS, NetCase
+from fusemlp.bench.roofline import Ceilings
 from fusemlp.bench.scaling import Cluster, Step
-from fusemlp.bench.traffic import Ceilings, count_fusemlp
+from fusemlp.bench.traffic import count_fusemlp, modelled_us
 
 NET = NetCase("by hand", 1000, 100, (40, 10), 6, dtype=torch.float32)
 PAIRS = NetCase("pairs", 4096, 512, (2048, 512, 2048), 512)
@@ -104,7 +105,7 @@ def test_products_of_one_rank_take_as_long_as_the_launches_counted(case):
     counted = [each for layer in count_fusemlp(case) for each in layer if each.name in PRODUCTS]
     step = scaling.net_step(case, 1, cluster(bandwidth=4.3))
     assert step == Step(step.products_us)
-    assert step.products_us == pytest.approx(Ceilings(4.3, 770, 0).modelled_us(counted), rel=0.1)
+    assert step.products_us == pytest.approx(modelled_us(counted, Ceilings(4300, 770)), rel=0.1)
 
 
 def test_ranks_pay_if_faster_than_any_fewer():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import LOSSES, NETS, QUICK_NETS, LossCase, NetCase
-from fusemlp.bench.traffic import AtenTraffic, Ceilings, count_eager, count_floor, count_fusemlp
+from fusemlp.bench.roofline import Ceilings
+from fusemlp.bench.traffic import AtenTraffic, count_eager, count_floor, count_fusemlp, modelled_us
 from fusemlp.kernels import cost
 from fusemlp.kernels.batch_norm import batch_norm_fwd, merge_grad_sums
 from fusemlp.kernels.cost import Launch
@@ -174,12 +175,12 @@ def test_a_linear_layer_and_its_loss_compute_no_logits_twice():
     counted = count_fusemlp(case)
     products = [each for each in counted[0] if each.name in ("linear_fwd", "linear_dgrad", "linear_wgrad")]
     assert sum(each.flops for each in products) == total(count_floor(case), "flops")
-    assert Ceilings(4.3, 770, 5).modelled_us(counted[0]) < 22_000
+    assert modelled_us(counted[0], Ceilings(4300, 770), 5) < 22_000
 
 
 def test_a_launch_takes_the_longer_of_its_transfers_and_its_arithmetic():
     launches = [Launch("", flops=770_000_000, bytes=4_000_000), Launch("", flops=1_540_000_000, bytes=4_000_000)]
-    assert Ceilings(bandwidth_tb_s=4, rate_tflop_s=770, launch_us=5).modelled_us(launches) == (1 + 5) + (2 + 5)
+    assert modelled_us(launches, Ceilings(copy_gb_s=4000, gemm_tflops=770), launch_us=5) == (1 + 5) + (2 + 5)
 
 
 def ones(width):
