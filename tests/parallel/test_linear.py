@@ -116,6 +116,8 @@ def events_of_backward(backend):
     events = []
     with (
         launch.backend(backend),
+        # Launches are reported only while a ledger is open.
+        cost.ledger(),
         patch.object(cost, "report", lambda name, *_: events.append("product")),
         patch.object(collectives, "_report", lambda kind, _: events.append(kind)),
         Products(events),
