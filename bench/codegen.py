@@ -41,7 +41,7 @@ from ..kernels.cross_entropy import cross_entropy_fwd
 from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 from ..kernels.dropout import dropout, dropout_args
 from ..kernels.epilogue import AddArgs, Epilogue, EpilogueKind, add_to, bitmask_width
-from ..kernels.gemm import forget_plans, gemm
+from ..kernels.gemm import gemm
 from ..kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -52,6 +52,7 @@ from ..kernels.linear import (
 )
 from ..kernels.linear_cross_entropy import scale_
 from ..kernels.moments import column_moments
+from ..kernels.plan import forget_plans
 from .command import add_common_arguments
 from .results import write_table
 

@@ -28,11 +28,12 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..kernels import config, dispatch, gemm, gpu
+from ..kernels import config, dispatch, gpu, plan
 from ..kernels.config import GemmConfig
 from ..kernels.epilogue import bitmask_width
-from ..kernels.gemm import forget_plans, layout_of
+from ..kernels.layout import layout_of
 from ..kernels.linear import linear_dgrad, linear_fwd, linear_wgrad
+from ..kernels.plan import forget_plans
 from .cases import NETS, QUICK_NETS, NetCase
 from .command import add_common_arguments, check_any, print_table, select
 from .race import Row, noting
@@ -130,7 +131,7 @@ def pinned(tile: GemmConfig, split_k: int) -> Iterator[None]:
         with (
             patch.object(dispatch, "select_gemm", lambda *_, **__: (tile, split_k)),
             patch.object(dispatch, "cublas_time", lambda *_: math.inf),
-            patch.object(gemm, "align_us", lambda *_: math.inf),
+            patch.object(plan, "align_us", lambda *_: math.inf),
         ):
             yield
     finally:

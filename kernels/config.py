@@ -43,6 +43,12 @@ class GemmConfig:
         """Number of tiles of an (M, N) output."""
         return cdiv(M, self.BLOCK_M) * cdiv(N, self.BLOCK_N)
 
+    @property
+    def meta(self) -> dict[str, int]:
+        """The constexprs and compiler options of a launch."""
+        names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"
+        return {name: getattr(self, name) for name in names}
+
 
 # BLOCK_N is at least 64: the bit mask packs 64 columns. The efficiencies of 16-bit tiles are fitted; see `cost_model`.
 WIDEST = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, shared_kib=217, efficiency=1.0, tma=True)

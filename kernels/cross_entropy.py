@@ -34,25 +34,8 @@ from torch import Tensor
 from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
+from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
 from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
-
-
-class Rules(NamedTuple):
-    """How classes count.
-
-    Attributes:
-        weight: (classes,), contiguous, or None.
-        ignore_index: index of rows that do not count.
-        smoothing: in (0, 1]; None for 0.
-        classes: number of classes in the whole row.
-        first_class: the first class of the given logits, if they are a part of the row.
-    """
-
-    weight: Tensor | None
-    ignore_index: int
-    smoothing: float | None
-    classes: int
-    first_class: int = 0
 
 
 class Results(NamedTuple):
@@ -67,38 +50,6 @@ class Results(NamedTuple):
     stats: Tensor | None = None
     loss: Tensor | None = None
     sums: Tensor | None = None
-
-
-@triton.jit
-def row_offsets(rows, S, stride_n, stride_s):
-    """Offsets of rows of logits (N, C, S). Row n S + s is sample n at place s."""
-    rows = rows.to(tl.int64)
-    return (rows // S) * stride_n + (rows % S) * stride_s
-
-
-@triton.jit
-def load_index(target_ptr, rows, row_mask, rules):
-    """Class indices of rows, whether each row is ignored, and whether its index is in range or ignored."""
-    index = tl.load(target_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-    ignored = (index == rules.ignore_index) | (row_mask == 0)
-    valid = ((index >= 0) & (index < rules.classes)) | ignored
-    return index, ignored, valid
-
-
-@triton.jit
-def class_weights(target, target_offs, cols, mask, rules, dtype: tl.constexpr, PROBABILITIES: tl.constexpr):
-    """A tile of q. target: indices [BLOCK_M, 1], or a pointer to probabilities, with offsets target_offs."""
-    classes = rules.first_class + cols
-    if PROBABILITIES:
-        q = tl.load(target + target_offs, mask=mask, other=0.0).to(dtype)
-    else:
-        q = (target == classes[None, :]).to(dtype)
-    if rules.smoothing is not None:
-        q = q * (1 - rules.smoothing) + rules.smoothing / rules.classes
-    if rules.weight is not None:
-        w = tl.load(rules.weight + classes, mask=classes < rules.classes, other=0.0)
-        q = q * w.to(dtype)[None, :]
-    return tl.where(mask, q, 0.0)
 
 
 @triton.jit
@@ -173,12 +124,10 @@ def _ranges_kernel(
     row_mask = rows < M
     offs = row_offsets(rows, S, stride_n, stride_s)
     if PROBABILITIES:
-        target_rows = row_offsets(rows, S, target_stride_n, target_stride_s)
-        target = target_ptr
+        target, target_rows = target_ptr, row_offsets(rows, S, target_stride_n, target_stride_s)
     else:
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
-        target_rows = rows
-        target = index[:, None]
+        target, target_rows = index[:, None], rows
     one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
     m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
     begin = split * classes_per_split
@@ -209,8 +158,7 @@ def _ranges_kernel(
         own = index - rules.first_class
         inside = row_mask & (own >= begin) & (own < end)
         logit = tl.load(logits_ptr + offs + own * stride_c, mask=inside, other=0.0).to(ACC_DTYPE)
-        a = inside.to(ACC_DTYPE)
-        b = tl.where(inside, logit - tl.where(m == float("-inf"), 0.0, m), 0.0)
+        a, b = inside.to(ACC_DTYPE), tl.where(inside, logit - tl.where(m == float("-inf"), 0.0, m), 0.0)
     # 5. Store the result of the range, or finish the rows if it has all classes.
     if partial_ptr is not None:
         ptrs = partial_ptr + split.to(tl.int64) * M + rows
@@ -263,16 +211,6 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
 MERGE_ROWS = 128
 # One program adds up all blocks of rows, so it has as many loads in flight as a program can have.
 REDUCE = {"BLOCK": 8192, "num_warps": 32}
-
-
-def class_strides(target: Tensor) -> tuple[int, ...]:
-    """Strides of probabilities (N, C, S). They are not used for class indices (N, S), which are contiguous."""
-    return target.stride() if target.is_floating_point() else (0, 0, 0)
-
-
-def rows_in_octets(*matrices: Tensor) -> bool:
-    """Whether the classes and the distance between samples of all that are (N, C, S) are multiples of 8."""
-    return all(x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 for x in matrices if x.ndim == 3)
 
 
 def _launch_ranges(

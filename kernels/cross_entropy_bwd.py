@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cost, launch
 from .config import cdiv, class_block
-from .cross_entropy import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
+from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
 from .tile import cast, in_octets, triton_acc_dtype
 
 

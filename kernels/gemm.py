@@ -8,25 +8,21 @@ Transposes are views. The kernel is persistent: each program computes output til
 there is one program for each tile.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import cost, dispatch, gpu, launch
-from .activation import identity as no_activation
+from . import cost, launch
 from .config import cdiv
-from .cost_model import Gemm, align_us, gemm_us
-from .epilogue import Epilogue, EpilogueKind, bias_act, identity
-from .gpu import Gpu
-from .tile import acc_dtype, cast, in_octets, matmul_tile, store_tile, tile_order, triton_acc_dtype
+from .epilogue import Epilogue, EpilogueKind, identity
+from .layout import aligned, describe
+from .plan import plan_for
+from .tile import cast, in_octets, matmul_tile, store_tile, tile_order
 
 
 @triton.jit
@@ -125,232 +121,6 @@ IDENTITY = Epilogue(EpilogueKind(identity))
 REDUCE_BLOCK = 1024
 
 
-class Layout(NamedTuple):
-    """How a matrix lies in memory: sizes, strides and dtype, and whether it starts at a multiple of 16 bytes."""
-
-    rows: int
-    cols: int
-    stride_row: int
-    stride_col: int
-    dtype: torch.dtype
-    aligned: bool
-
-    def t(self) -> "Layout":
-        """The layout of the transpose."""
-        return Layout(self.cols, self.rows, self.stride_col, self.stride_row, self.dtype, self.aligned)
-
-    @property
-    def row_major(self) -> bool:
-        """Whether the rows are contiguous."""
-        return self.stride_col == 1
-
-    @property
-    def vectors(self) -> bool:
-        """Whether 16 bytes can be loaded at once: along one contiguous dimension, in whole multiples of 16 bytes."""
-        length, pitch = (self.cols, self.stride_row) if self.row_major else (self.rows, self.stride_col)
-        elements = 16 // self.dtype.itemsize
-        return self.aligned and 1 in self[2:4] and length % elements == 0 and pitch % elements == 0
-
-    @property
-    def describable(self) -> bool:
-        """Whether the TMA unit can address the matrix.
-
-        It needs elements of 2 bytes (for the tiles used here), one contiguous dimension, and a start and a row pitch
-        that are multiples of 16 bytes.
-        """
-        pitch = self.stride_row if self.row_major else self.stride_col
-        return self.aligned and self.dtype.itemsize == 2 and 1 in self[2:4] and pitch > 0 and pitch % 8 == 0
-
-    def padded(self) -> "Layout":
-        """The layout of what `aligned` returns."""
-        if not self.row_major and self.stride_row == 1:
-            return self.t().padded().t()
-        return Layout(self.rows, self.cols, cdiv(self.cols, 8) * 8, 1, self.dtype, True)
-
-
-def layout_of(x: Tensor) -> Layout:
-    """The layout of a matrix."""
-    (rows, cols), (stride_row, stride_col) = x.shape, x.stride()
-    return Layout(rows, cols, stride_row, stride_col, x.dtype, x.data_ptr() % 16 == 0)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """A copy of a 16-bit matrix that the TMA unit can address, of the same order, made by PyTorch."""
-    if x.stride(1) != 1 and x.stride(0) == 1:
-        return aligned(x.t()).t()
-    rows, cols = x.shape
-    return x.new_empty(rows, cdiv(cols, 8) * 8)[:, :cols].copy_(x)
-
-
-def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A TMA descriptor of x or, if x is column-major, of its transpose. block: rows and columns of a tile of x."""
-    if x.stride(1) == 1:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
-    x = x.t()
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(reversed(block)))
-
-
-@dataclass(frozen=True)
-class GemmPlan:
-    """The part of a GEMM launch that does not depend on the addresses of its tensors.
-
-    Attributes:
-        number: distinguishes plans.
-        product: what is computed.
-        us: predicted time in microseconds.
-        cublas: whether cuBLAS computes the product.
-        align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`aligned`).
-        programs: number of programs of the launch.
-        split_k: number of ranges that K is cut into.
-        block: BLOCK_M, BLOCK_N and BLOCK_K.
-        tma: whether a and b are passed as TMA descriptors.
-        out_tma: whether out is.
-        acc_dtype: dtype of the accumulator.
-        numbers: the kernel's arguments from M to stride_split.
-        meta: constexprs and compiler options of the kernel.
-    """
-
-    number: int
-    product: Gemm
-    us: float
-    cublas: bool
-    align_a: bool
-    align_b: bool
-    programs: int
-    split_k: int
-    block: tuple[int, int, int]
-    tma: bool
-    out_tma: bool
-    acc_dtype: torch.dtype
-    numbers: tuple[int, ...]
-    meta: dict[str, Any]
-
-    @property
-    def path(self) -> str:
-        """The code that computes the product, in words."""
-        first = "aligned copies, then " if self.align_a or self.align_b else ""
-        if self.cublas:
-            return f"{first}cuBLAS"
-        tile = "x".join(map(str, self.block)) + (" TMA" if self.tma else "")
-        ranges = f", K in {self.split_k} ranges" if self.split_k > 1 else ""
-        return f"{first}Triton {tile}{ranges}"
-
-
-_plan_numbers = itertools.count()
-
-
-def plan_gemm(
-    a: Layout, b: Layout, out: Layout, kind: EpilogueKind, row_sum: bool, tf32: bool, on: Gpu
-) -> GemmPlan:  # fmt: skip
-    """Plan the launch of a GEMM.
-
-    Args:
-        a, b, out: layouts of the operands and of the result.
-        kind: of the epilogue.
-        row_sum: whether the rows of a are added up.
-        tf32: whether float32 operands are rounded to TF32.
-        on: the GPU.
-    """
-    M, K, N = a.rows, a.cols, b.cols
-    product = Gemm(
-        M, N, K,
-        itemsize=a.dtype.itemsize,
-        tensor_cores=a.dtype.itemsize == 2 or tf32,
-        vectors=a.vectors and b.vectors,
-        row_sum=row_sum,
-        epilogue=kind.tile_fn.__name__,
-    )  # fmt: skip
-    tile, split_k = dispatch.select_gemm(
-        product,
-        tma=a.describable and b.describable and on.tma,
-        heavy_epilogue=kind.heavy,
-        split_k=kind.tile_fn is identity,
-        gpu=on,
-    )
-    us = gemm_us(product, tile, split_k, on)
-    misaligned = [not x.describable for x in (a, b)]
-    if any(misaligned) and on.tma and a.dtype.itemsize == 2:
-        padded_a, padded_b = (x if x.describable else x.padded() for x in (a, b))
-        after = plan_gemm(padded_a, padded_b, out, kind, row_sum, tf32, on)
-        copies = sum(align_us(x.rows * x.cols * 2, on) for x in (a, b) if not x.describable)
-        if after.us + copies < us:
-            align_a, align_b = misaligned
-            number = next(_plan_numbers)
-            return replace(after, number=number, us=after.us + copies, align_a=align_a, align_b=align_b)
-    cublas = (
-        on.cublas
-        and not any(misaligned)
-        and (kind.tile_fn is identity or (kind.tile_fn is bias_act and kind.fns.act is no_activation))
-        and a.dtype == out.dtype
-        and out.row_major
-        and out.stride_row == N
-        and dispatch.cublas_time(product, on) < (1 - dispatch.CUBLAS_GAIN) * us
-    )
-    out_tma = tile.tma and split_k == 1 and out.describable
-    programs = tile.tiles(M, N) * split_k
-    numel = M * N + (M if row_sum else 0)
-    sizes = M, N, K, *a[2:4], *b[2:4], N if split_k > 1 else out.stride_row
-    return GemmPlan(
-        number=next(_plan_numbers),
-        product=product,
-        us=dispatch.cublas_time(product, on) if cublas else us,
-        cublas=cublas,
-        align_a=False,
-        align_b=False,
-        programs=min(programs, on.sms) if tile.tma else programs,
-        split_k=split_k,
-        block=(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
-        tma=tile.tma,
-        out_tma=out_tma,
-        acc_dtype=acc_dtype(a.dtype),
-        numbers=(*sizes, numel),
-        meta={
-            "EPILOGUE": kind.tile_fn,
-            "EPILOGUE_FNS": kind.fns,
-            "ACC_DTYPE": triton_acc_dtype(a.dtype),
-            "INPUT_PRECISION": "tf32" if tf32 else "ieee",
-            "SPLIT_K": split_k,
-            "TMA": tile.tma,
-            "OUT_TMA": out_tma,
-            "A_ROW_MAJOR": a.row_major,
-            "B_ROW_MAJOR": b.row_major,
-            # Triton sees multiples of 16 by itself.
-            "OCTETS": tuple(size % 16 == 8 for size in sizes),
-            "BLOCK_M": tile.BLOCK_M,
-            "BLOCK_N": tile.BLOCK_N,
-            "BLOCK_K": tile.BLOCK_K,
-            "GROUP_M": tile.GROUP_M,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        },
-    )
-
-
-MAX_PLANS = 4096
-_plans: dict[Any, GemmPlan] = {}
-
-
-def forget_plans() -> None:
-    """Plan every GEMM anew."""
-    _plans.clear()
-
-
-def _plan_for(a: Tensor, b: Tensor, out: Tensor, kind: EpilogueKind, row_sum: bool, tf32: bool) -> GemmPlan:
-    """`plan_gemm` for tensors. Plans are kept: a key of what tensors report is made faster than their layouts."""
-    aligned = (a.data_ptr() | b.data_ptr() | out.data_ptr()) % 16 == 0 or (
-        a.data_ptr() % 16 == 0, b.data_ptr() % 16 == 0, out.data_ptr() % 16 == 0
-    )  # fmt: skip
-    strides = a.stride(), b.stride(), out.stride()
-    on = gpu.of(a.device)
-    key = a.shape, b.shape, strides, a.dtype, out.dtype, aligned, kind, row_sum, tf32, on
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = plan_gemm(layout_of(a), layout_of(b), layout_of(out), kind, row_sum, tf32, on)
-    return plan
-
-
 class Unreduced(NamedTuple):
     """A product whose partial sums over ranges of K have not been added up yet.
 
@@ -433,7 +203,7 @@ def gemm(
     """
     launch.check_addressable(a, b)
     tf32 = a.dtype == torch.float32 and launch.tf32_allowed()
-    plan = _plan_for(a, b, out, epilogue.kind, row_sum is not None, tf32)
+    plan = plan_for(a, b, out, epilogue.kind, row_sum is not None, tf32)
     if plan.align_a:
         a = aligned(a)
     if plan.align_b:

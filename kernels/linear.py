@@ -37,7 +37,9 @@ from .epilogue import (
     dact_dropout,
     dact_saved,
 )
-from .gemm import IDENTITY, Layout, Unreduced, aligned, gemm, layout_of, plan_gemm
+from .gemm import IDENTITY, Unreduced, gemm
+from .layout import Layout, aligned, layout_of
+from .plan import plan_gemm
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 

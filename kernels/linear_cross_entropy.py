@@ -20,15 +20,11 @@ from torch import Tensor
 from . import cost, gpu, launch
 from .activation import Functions, identity
 from .config import cdiv
-from .cross_entropy import (
-    Rules,
-    cross_entropy_reduce,
-    cross_entropy_rows,
-    empty_loss,
-)
+from .cross_entropy import cross_entropy_reduce, cross_entropy_rows, empty_loss
 from .cross_entropy_bwd import cross_entropy_bwd_into
 from .epilogue import AddArgs, BiasArgs, Epilogue, EpilogueKind, add_to, bias_act
 from .gemm import IDENTITY, gemm
+from .target import Rules
 from .tile import acc_dtype, cast, triton_acc_dtype
 
 ADDED = EpilogueKind(add_to, heavy=True)

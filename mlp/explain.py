@@ -18,8 +18,9 @@ from .layer import Layer
 from .model import layer_at
 
 if launch.HAS_TRITON:
-    from ..kernels.gemm import GemmPlan, Layout, plan_gemm
+    from ..kernels.layout import Layout
     from ..kernels.linear import dgrad_kind, forward_kind
+    from ..kernels.plan import GemmPlan, plan_gemm
 
 
 class Explained(NamedTuple):

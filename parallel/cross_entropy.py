@@ -25,13 +25,13 @@ from .collectives import Ranks, all_gather, gather_columns
 
 if launch.HAS_TRITON:
     from ..kernels.cross_entropy import (
-        Rules,
         cross_entropy_merge,
         cross_entropy_ranges,
         cross_entropy_reduce,
         empty_loss,
     )
     from ..kernels.cross_entropy_bwd import cross_entropy_bwd_into
+    from ..kernels.target import Rules
 
 
 class Shard(NamedTuple):

@@ -14,7 +14,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 from fusemlp.kernels import launch
-from fusemlp.kernels.gemm import forget_plans
+from fusemlp.kernels.plan import forget_plans
 
 # Imported after this module, so with the variable set.
 pytest_plugins = ["memcheck"]

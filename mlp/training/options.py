@@ -1,7 +1,13 @@
 """Command-line options of the training command."""
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    RawDescriptionHelpFormatter,
+    _ArgumentGroup,
+)
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn, get_args
@@ -102,15 +108,7 @@ class Parser(ArgumentParser):
         raise InputError(message)
 
 
-def make_parser() -> Parser:
-    """Make the parser of the training command's options."""
-    parser = Parser(
-        prog=PROG,
-        formatter_class=RawDescriptionHelpFormatter,
-        description="Train a multilayer perceptron on a table; write metrics, checkpoints and plots to a folder.",
-    )
-
-    data = parser.add_argument_group("data")
+def _add_data_options(data: _ArgumentGroup) -> None:
     source = data.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=DATASETS, default="digits", help="data set of scikit-learn (digits)")
     source.add_argument("--csv", metavar="FILE", help="CSV file with a header line, instead of --dataset")
@@ -122,7 +120,8 @@ def make_parser() -> Parser:
         help="auto: classification if the target is text or has at most 20 distinct whole numbers, else regression",
     )
 
-    model = parser.add_argument_group("model")
+
+def _add_model_options(model: _ArgumentGroup) -> None:
     model.add_argument(
         "--hidden", type=count, nargs="*", metavar="WIDTH", default=[256, 128], help="hidden layer widths (256 128)"
     )
@@ -141,7 +140,8 @@ def make_parser() -> Parser:
     )
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
 
-    loss = parser.add_argument_group("loss")
+
+def _add_loss_options(loss: _ArgumentGroup) -> None:
     loss.add_argument(
         "--loss",
         choices=["auto", *(name for names in LOSSES.values() for name in names)],
@@ -162,7 +162,8 @@ def make_parser() -> Parser:
         "--l2", type=positive_or_zero, metavar="C", default=0.01, help="weight decay of the weight matrices (0.01)"
     )
 
-    optim = parser.add_argument_group("optimisation")
+
+def _add_optimisation_options(optim: _ArgumentGroup) -> None:
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(adamw)")
     optim.add_argument("--lr", type=positive, metavar="RATE", help="learning rate (by optimizer; adamw: 0.001)")
     optim.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="learning-rate schedule (cosine)")
@@ -185,7 +186,8 @@ def make_parser() -> Parser:
         help="stop after N epochs without a lower validation loss; 0: never stop early (20)",
     )
 
-    run = parser.add_argument_group("run")
+
+def _add_run_options(run: _ArgumentGroup) -> None:
     run.add_argument(
         "--amp", choices=["auto", "none", "bf16", "fp16"], default="auto", help="mixed precision; auto: bf16 on a GPU"
     )
@@ -204,6 +206,20 @@ def make_parser() -> Parser:
         default=True,
         help="after training, compare the Triton kernels with PyTorch on one batch",
     )
+
+
+def make_parser() -> Parser:
+    """Make the parser of the training command's options."""
+    parser = Parser(
+        prog=PROG,
+        formatter_class=RawDescriptionHelpFormatter,
+        description="Train a multilayer perceptron on a table; write metrics, checkpoints and plots to a folder.",
+    )
+    _add_data_options(parser.add_argument_group("data"))
+    _add_model_options(parser.add_argument_group("model"))
+    _add_loss_options(parser.add_argument_group("loss"))
+    _add_optimisation_options(parser.add_argument_group("optimisation"))
+    _add_run_options(parser.add_argument_group("run"))
     return parser
 
 

@@ -12,7 +12,7 @@ from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import QUICK_NETS
 from fusemlp.bench.dry_run import replay
 from fusemlp.bench.recorder import Recorder
-from fusemlp.kernels import config, dispatch, gemm, launch
+from fusemlp.kernels import config, dispatch, launch, plan
 from fusemlp.kernels.linear import linear_fwd
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -28,9 +28,9 @@ def a_product():
         patch.object(launch, "launch", taken),
         patch.object(dispatch, "select_gemm", lambda *_, **__: (config.WIDEST, 1)),
     ):
-        gemm.forget_plans()
+        plan.forget_plans()
         linear_fwd(*(torch.empty(512, 512, dtype=torch.bfloat16) for _ in range(2)))
-    gemm.forget_plans()
+    plan.forget_plans()
     (found,) = taken.noted.values()
     return pickle.loads(found)
 

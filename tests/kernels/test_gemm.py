@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 from fusemlp.kernels import config, cost, dispatch, launch
-from fusemlp.kernels.gemm import forget_plans, gemm, layout_of
+from fusemlp.kernels.gemm import gemm
+from fusemlp.kernels.layout import layout_of
+from fusemlp.kernels.plan import forget_plans
 from fusemlp.kernels.tile import tile_pointers
 from tolerance import assert_as_close_as_torch
 
