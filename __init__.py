@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Linear,
         LinearCrossEntropyLoss,
         LinearReLU,
+        Sequential,
         fold_batch_norm,
         functional,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "ParallelMLP",
     "RowParallelLinear",
     "RowwiseParallel",
+    "Sequential",
     "SyncBatchNorm1d",
     "backend",
     "convert_sync_batch_norm",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..mlp.model import MLP
+from ..mlp.reference import Activation
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class LayerCase:
     rows: int
     in_features: int
     out_features: int
-    activation: str | None = "relu"
+    activation: Activation | None = "relu"
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -51,7 +52,7 @@ class NetCase:
     in_features: int
     hidden_features: tuple[int, ...]
     out_features: int
-    activation: str = "relu"
+    activation: Activation = "relu"
     batch_norm: bool = False
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16

@@ -6,8 +6,11 @@ Every launcher reports its launches here. Bytes are the minimum: each tensor of 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import gpu
 from .cost_model import launch_of_pass_us
@@ -35,6 +38,10 @@ class Ledger:
     """The launches made inside a `with ledger()` block, in order."""
 
     launches: list[Launch] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{launch.name}: {launch.flops} flops, {launch.bytes} bytes" for launch in self.launches]
+        return "\n".join(lines) or "no kernel was launched: PyTorch served every tensor; fusemlp.explain says why"
 
     @property
     def flops(self) -> int:
@@ -66,6 +73,22 @@ def ledger() -> Iterator[Ledger]:
 def recording() -> bool:
     """Whether any ledger is open."""
     return bool(_open_ledgers)
+
+
+@torch.library.custom_op("fusemlp::product", mutates_args=())
+def _product(M: int, N: int, K: int) -> None:
+    """Nothing. It stands for a product of the kernels where PyTorch's modes see all operations."""
+
+
+@register_flop_formula(torch.ops.fusemlp.product)
+def _product_flops(M: int, N: int, K: int, **_: Any) -> int:
+    return 2 * M * N * K
+
+
+def show_product(M: int, N: int, K: int) -> None:
+    """Let `torch.utils.flop_counter.FlopCounterMode` count a product."""
+    if torch._C._len_torch_dispatch_stack():
+        _product(M, N, K)
 
 
 def report(name: str, flops: int, tensors: tuple[Tensor | None, ...], us: float | None = None) -> None:

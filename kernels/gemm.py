@@ -214,6 +214,7 @@ def gemm(
         if cost.recording():
             cost.report(name, 2 * M * N * K, (a, b, out, row_sum, *epilogue_tensors(epilogue)), plan.us)
         return
+    cost.show_product(M, N, K)
     partial = torch.empty(plan.split_k, numel, dtype=plan.acc_dtype, device=a.device) if plan.split_k > 1 else None
     out_ptr, row_sum_ptr = out, row_sum
     if partial is not None:

@@ -73,14 +73,18 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
     for t in given:
         if t.numel() == 0:
             return Choice("torch", "an empty tensor launches nothing")
-        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
-            return Choice("torch", "tensor subclasses and sparse tensors dispatch by themselves")
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
+            return Choice("torch", "tensor subclasses, sparse and nested tensors dispatch by themselves")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
+    if torch._C._get_tracing_state() is not None:
+        return Choice("torch", "torch.jit.trace records PyTorch's own operations")
     if first.is_cuda:
         if _requested == "triton":
             return Choice("triton", "asked for by name")
         return best_on_gpu(first.dtype, first.device, product)
+    if first.is_meta:
+        return Choice("torch", "tensors on meta have shapes alone")
     if _requested == "triton":
         if INTERPRET and first.device.type == "cpu":
             return Choice("triton", "asked for by name; runs in Triton's interpreter")
@@ -214,6 +218,9 @@ def operator(outputs: Callable[..., list[Tensor]]) -> Callable[[Launcher], Launc
         def call(*args: Any, **kwargs: Any) -> list[Tensor]:
             if torch.compiler.is_compiling():
                 return custom_op(*args, **kwargs)
+            if torch.autograd.profiler._is_profiler_enabled:
+                with torch.profiler.record_function(f"fusemlp::{launcher.__name__}"):
+                    return launcher(*args, **kwargs)
             return launcher(*args, **kwargs)
 
         return call  # pyright: ignore[reportReturnType]

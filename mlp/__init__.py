@@ -4,6 +4,7 @@ from . import functional
 from .fold import fold_batch_norm
 from .model import MLP
 from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
+from .sequential import Sequential
 
 __all__ = [
     "MLP",
@@ -13,6 +14,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "LinearReLU",
+    "Sequential",
     "fold_batch_norm",
     "functional",
 ]

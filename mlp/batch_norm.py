@@ -13,7 +13,9 @@ from .autograd import Function
 from .check import check_norm, check_probability
 from .dropout import DropoutFunction
 from .layer import Columns, Norm
+from .reference import Activation
 from .second_order import differentiable_grads
+from .tracing import overridable
 
 if launch.HAS_TRITON:
     from ..kernels.batch_norm import NormArgs, batch_norm_bwd, batch_norm_bwd_sums, batch_norm_fwd
@@ -21,6 +23,7 @@ if launch.HAS_TRITON:
     from ..kernels.random import draw_seeds
 
 
+@overridable
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -54,6 +57,7 @@ def batch_norm(
     return norm_act_dropout(input, norm, None, 0.0)
 
 
+@overridable
 def batch_norm_act_dropout(
     input: Tensor,
     running_mean: Tensor | None,
@@ -61,7 +65,7 @@ def batch_norm_act_dropout(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    activation: str | None = "relu",
+    activation: Activation | None = "relu",
     p: float = 0.0,
     training: bool = False,
     momentum: float = 0.1,
@@ -103,12 +107,14 @@ def norm_act_dropout(
     """
     check_norm(input, norm, activation)
     tensors = norm.tensors() if norm else ()
-    if p == 1 or launch.explain(input, *tensors, product=False).backend == "torch":
+    # The kernels take rows of channels. PyTorch's own kernels read other layouts without a copy.
+    channels_last = input.movedim(1, -1) if input.dim() > 2 else input
+    no_rows = input.dim() > 2 and not channels_last.is_contiguous()
+    if p == 1 or no_rows or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
-    channels_last = input.movedim(1, -1)
     rows = channels_last.reshape(-1, channels_last.shape[-1])
     output = norm_act_dropout_rows(rows, norm, activation, p, columns.first if columns else 0)
-    return output.view(channels_last.shape).movedim(-1, 1)
+    return output.view(channels_last.shape).movedim(-1, 1) if input.dim() > 2 else output
 
 
 class Tail(NamedTuple):

@@ -1,8 +1,8 @@
 """Checks of arguments. Each raises an error that names the argument, the value given and the values allowed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -40,20 +40,28 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
 
-def check_activation(activation: str | None) -> None:
+def check_activation(activation: str | None, name: str = "activation") -> None:
     """Raise ValueError for an unknown activation name."""
-    check_choice("activation", activation, ACTIVATION_NAMES)
+    check_choice(name, activation, ACTIVATION_NAMES)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {value!r}; must be True or False")
 
 
 def check_probability(name: str, p: float) -> None:
-    """Raise ValueError for a number outside [0, 1]."""
+    """Raise TypeError for anything but a number, and ValueError for a number outside [0, 1]."""
+    if not isinstance(p, SupportsFloat):
+        raise TypeError(f"{name}: {p!r}; must be a number between 0 and 1")
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: {p}; must be between 0 and 1")
 
 
-def check_widths(in_features: Any, hidden_features: Any, out_features: Any) -> None:
-    """Raise TypeError or ValueError if the widths of a net are not positive integers."""
-    if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
+def check_widths(in_features: Any, hidden_features: Any, out_features: Any) -> list[int]:
+    """The widths of a net from input to output. Raise TypeError or ValueError if they are not positive integers."""
+    if not isinstance(hidden_features, Iterable) or isinstance(hidden_features, str):
         raise TypeError(f"hidden_features: {hidden_features!r}; must be a sequence of widths, such as [64, 64]")
     widths = {"in_features": [in_features], "hidden_features": hidden_features, "out_features": [out_features]}
     for name, given in widths.items():
@@ -62,6 +70,7 @@ def check_widths(in_features: Any, hidden_features: Any, out_features: Any) -> N
                 raise TypeError(f"{name}: {width!r}; every width must be an int")
             if index(width) < 1:
                 raise ValueError(f"{name}: {width}; every width must be at least 1")
+    return [index(width) for given in widths.values() for width in given]
 
 
 def check_layer_tensors(input: Any, layers: Sequence[Layer]) -> None:
@@ -86,7 +95,7 @@ def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
         ValueError: a wrong shape, device or activation.
     """
     check_dtype(input)
-    features = input.shape[-1] if input.dim() else None
+    features = input.size(-1) if input.dim() else None  # a nested tensor has no shape
     for layer in layers:
         check_activation(layer.activation)
         weight, bias = layer.weight, layer.bias
@@ -103,11 +112,13 @@ def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
             if parameter is None:
                 continue
             if parameter.dtype != input.dtype:
-                raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} (see torch.autocast)")
+                double = torch.float64 in (parameter.dtype, input.dtype)
+                hint = "call .float() or .double() on the input or the module" if double else "see torch.autocast"
+                raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} ({hint})")
             check_device(name, parameter, input)
         features = weight.shape[0]
         if layer.norm is not None:
-            check_norm_parameters(layer.norm, features, len(input), input)
+            check_norm_parameters(layer.norm, features, input.shape[0], input)
 
 
 def check_norm(input: Any, norm: Norm | None, activation: str | None) -> None:

@@ -14,12 +14,14 @@ from .autograd import Function
 from .check import check_indices, check_loss
 from .loss_options import LossOptions
 from .second_order import differentiable_grads
+from .tracing import overridable
 
 if launch.HAS_TRITON:
     from ..kernels.cross_entropy import cross_entropy_fwd
     from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 
 
+@overridable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -57,7 +59,8 @@ def cross_entropy(
     options = LossOptions(ignore_index, reduction, label_smoothing)
     check_loss(input, target, weight, options)
     served = launch.explain(input, target, weight, product=False)
-    if served.backend == "torch" or target.requires_grad:
+    mixed = any(t is not None and t.is_floating_point() and t.dtype.itemsize > 4 for t in (target, weight))
+    if served.backend == "torch" or target.requires_grad or (mixed and input.dtype != torch.float64):
         return torch.nn.functional.cross_entropy(input, target, weight, **options.keywords())
     classes = input.shape[0 if input.dim() == 1 else 1]
     if os.environ.get("FUSEMLP_DEBUG") == "1" and not target.is_floating_point():

@@ -11,12 +11,14 @@ from . import reference
 from .autograd import Function
 from .check import check_probability
 from .layer import Columns
+from .tracing import overridable
 
 if launch.HAS_TRITON:
     from ..kernels import dropout as kernel
     from ..kernels.random import draw_seeds
 
 
+@overridable
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability p and multiply the others by 1 / (1 - p).
 

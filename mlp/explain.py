@@ -15,7 +15,7 @@ from ..kernels.cost_model import Gemm, cublas_us, launch_of_pass_us
 from ..kernels.gpu import Gpu
 from ..kernels.launch import Choice
 from .layer import Layer
-from .model import layer_at
+from .sequential import layer_at
 
 if launch.HAS_TRITON:
     from ..kernels.layout import Layout
@@ -61,6 +61,8 @@ def explain(
         ValueError: rows is missing, or gpu is unknown or missing for a module that is not on a GPU.
         RuntimeError: the Triton backend was asked for by name and cannot run on the tensors.
     """
+    if not what:
+        raise ValueError("what: nothing; give tensors or one module")
     if not isinstance(what[0], nn.Module):
         return launch.explain(*what)  # pyright: ignore[reportArgumentType]
     if rows is None or rows < 1:

@@ -14,7 +14,9 @@ from .batch_norm import norm_act_dropout, norm_act_dropout_rows
 from .chain import Entrance, run_chain
 from .check import check_layer_tensors, check_layers
 from .layer import Layer
+from .reference import Activation
 from .second_order import differentiable_grads
+from .tracing import overridable
 
 
 def linear_chain(
@@ -114,7 +116,8 @@ class EnteringLinearFunction(Function):
         return finish() if finish else None, dw, db, None
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+@overridable
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
     """act(input weight^T + bias).
 
     Args:
@@ -134,6 +137,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return linear_chain(input, [Layer(weight, bias, activation)])
 
 
+@overridable
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(input weight^T + bias), which is `linear` with the activation "relu".
 

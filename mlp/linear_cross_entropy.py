@@ -16,11 +16,13 @@ from .layer import Layer
 from .linear import linear
 from .loss_options import LossOptions
 from .second_order import differentiable_grads
+from .tracing import overridable
 
 if launch.HAS_TRITON:
     from ..kernels import linear_cross_entropy as kernel
 
 
+@overridable
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

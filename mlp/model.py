@@ -1,40 +1,21 @@
-"""MLP, an nn.Sequential that runs linear layers and the modules after them as fused layers."""
-# pyright: reportPossiblyUnboundVariable=false
-# (kernels are called only where launch.explain has found Triton)
+"""MLP, a Sequential made from widths."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..kernels import launch
-from .check import check_activation, check_choice, check_probability, check_widths
-from .layer import Layer
-from .linear import linear_chain
-from .modules import BatchNorm1d, Dropout, Linear, norm_of
-
-if launch.HAS_TRITON:
-    from ..kernels.random import drawn_at_once
+from .check import check_activation, check_bool, check_choice, check_probability, check_widths
+from .modules import BatchNorm1d, Dropout, Linear
+from .reference import Activation
+from .sequential import ACTIVATION_MODULES, Sequential, by_kernels
 
 Init = Literal["auto", "he", "xavier", "orthogonal", "torch"]
 
-ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu6": nn.ReLU6,
-}
 SATURATING = ("sigmoid", "tanh")
 
 
@@ -68,16 +49,17 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class MLP(nn.Sequential):
+class MLP(Sequential):
     """A multilayer perceptron: Linear[, BatchNorm1d], activation[, Dropout] for each hidden width, then Linear.
 
-    The state_dict keys are those of an nn.Sequential of these modules. A slice of an MLP is an nn.Sequential.
+    The state_dict keys are those of an nn.Sequential of these modules. A slice of an MLP is a `Sequential`.
 
     Args:
         in_features: width of the input, (*, in_features); with batch_norm, (N, in_features).
         hidden_features: width of each hidden layer, at least 1; may be empty.
         out_features: width of the output, (*, out_features).
         activation: name of the activation after every hidden layer, see `functional.linear`; or None.
+        out_activation: name of the activation after the last layer, or None.
         batch_norm: whether to normalise between the linear layer and the activation.
         dropout: probability, in [0, 1], of dropping an element after the activation. With 0 there is no dropout module.
         bias: whether the linear layers have a bias.
@@ -98,7 +80,8 @@ class MLP(nn.Sequential):
         hidden_features: Sequence[int],
         out_features: int,
         *,
-        activation: str | None = "relu",
+        activation: Activation | None = "relu",
+        out_activation: Activation | None = None,
         batch_norm: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
@@ -107,8 +90,10 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_widths(in_features, hidden_features, out_features)
+        in_features, *hidden_features, out_features = check_widths(in_features, hidden_features, out_features)
         check_activation(activation)
+        check_activation(out_activation, "out_activation")
+        check_bool("batch_norm", batch_norm)
         check_probability("dropout", dropout)
         check_choice("init", init, get_args(Init))
 
@@ -124,23 +109,17 @@ class MLP(nn.Sequential):
             if dropout:
                 self.append(Dropout(dropout))
         self.append(Linear(last, out_features, bias, device, dtype))
+        if out_activation is not None:
+            self.append(ACTIVATION_MODULES[out_activation]())
         for layer in self:
             if isinstance(layer, nn.Linear):
                 init_linear(layer, init, activation)
 
-    def __getitem__(self, idx: slice | int) -> nn.Module:
-        if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
-        return super().__getitem__(idx)
-
-    def forward(self, input: Tensor) -> Tensor:
-        recomputes = self.checkpoint and torch.is_grad_enabled()
-        if not recomputes or _by_kernels(input, *self.parameters()):
-            dropping = [child for child in self if isinstance(child, Dropout) and child.training and 0 < child.p < 1]
-            if dropping and _by_kernels(input, product=False):
-                with drawn_at_once(len(dropping), input.device):
-                    return self.run(list(self), input, recomputes)
-            return self.run(list(self), input, recomputes)
+    def run_all(self, input: Tensor) -> Tensor:
+        if not self.checkpoint or not torch.is_grad_enabled():
+            return self.run(list(self), input)
+        if by_kernels(input, *self.parameters()):
+            return self.run(list(self), input, recompute=True)
         for block in _hidden_blocks(list(self)):
             if len(block) == 1:
                 input = self.run(block, input)
@@ -150,120 +129,6 @@ class MLP(nn.Sequential):
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
                 input = recompute(self.run, block, input, use_reentrant=False, **contexts)
         return input
-
-    def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-        """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
-        return run_fused(modules, input, recompute)
-
-
-def _by_kernels(*tensors: Tensor, product: bool = True) -> bool:
-    """Whether the kernels serve the tensors in eager execution."""
-    return not torch.compiler.is_compiling() and launch.explain(*tensors, product=product).backend == "triton"
-
-
-def run_fused(modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
-    """Run modules one after the other, with linear layers and the modules that follow them fused.
-
-    Args:
-        modules: the modules.
-        input: input of the first module.
-        recompute: whether to keep fewer tensors of the fused layers for backward and compute them again there.
-
-    Returns:
-        The output of the last module.
-    """
-    layers: list[Layer] = []
-    one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
-    position = 0
-    while position < len(modules):
-        layer, count = layer_at(modules, position, input.dim())
-        position += count
-        if layer is not None:
-            layers.append(layer)
-        if layer is None or one_node_per_layer:
-            # In data-parallel training, gradients can be reduced layer by layer if each layer is an autograd node.
-            input = linear_chain(input, layers, recompute) if layers else input
-            layers = []
-        if layer is None:
-            input = modules[position - 1](input)
-    return linear_chain(input, layers, recompute) if layers else input
-
-
-def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
-    """Find the layer that begins at a position.
-
-    A layer is a linear module and, in this order, optional batch norm, activation and dropout.
-
-    Returns:
-        The layer and the number of its modules; None and 1 if no layer begins at the position.
-    """
-    linear = modules[position]
-    if not isinstance(linear, nn.Linear) or not is_plain(linear):
-        return None, 1
-    norm = activation = None
-    p = 0.0
-    end = position + 1
-    following = _plain_at(modules, end)
-    # For 3-D input, BatchNorm1d normalises dimension 1, which is not the output dimension of the linear layer.
-    if isinstance(following, nn.BatchNorm1d) and dims == 2:
-        norm, end = norm_of(following), end + 1
-        following = _plain_at(modules, end)
-    if following is not None and (activation := activation_name(following)):
-        end += 1
-        following = _plain_at(modules, end)
-    if isinstance(following, Dropout) and following.p < 1:
-        p, end = following.p if following.training else 0.0, end + 1
-    return Layer(linear.weight, linear.bias, activation, norm, p), end - position
-
-
-def _plain_at(modules: Sequence[nn.Module], position: int) -> nn.Module | None:
-    """The module at a position that can belong to the layer before it, or None."""
-    if position >= len(modules) or isinstance(modules[position], nn.Linear) or not is_plain(modules[position]):
-        return None
-    return modules[position]
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """The name of an activation module; None for other modules and for activations with unsupported parameters."""
-    return _NAMES.get(_kind(module))
-
-
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """The type and attributes that determine the result of an activation module."""
-    get = vars(module).get
-    return type(module), get("approximate"), get("negative_slope"), get("alpha"), get("min_val"), get("max_val")
-
-
-_NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
-FORWARDS = {
-    kind: kind.forward
-    for kind in (
-        *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, Dropout),
-        *(type(make()) for make in ACTIVATION_MODULES.values()),
-    )
-}
-
-
-def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool:
-    """Whether calling the module only runs the forward of its class, so that it can be fused.
-
-    Args:
-        module: the module.
-        forwards: the expected forward of each class.
-
-    Returns:
-        False for other classes, overridden forwards, compiled modules, and modules with hooks.
-    """
-    return not (
-        type(module).forward is not forwards.get(type(module))
-        or "forward" in vars(module)
-        or module._compiled_call_impl
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
 
 
 def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
@@ -277,21 +142,28 @@ def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
     yield block
 
 
-def _recompute_contexts(block: Sequence[nn.Module]):
-    """The contexts in which `torch.utils.checkpoint` runs a block the first and the second time."""
-    return nullcontext(), _as_the_first_time([(m, m.training) for part in block for m in part.modules()])
+def _recompute_contexts(block: Sequence[nn.Module]) -> "tuple[nullcontext[None], _AsTheFirstTime]":
+    """The contexts in which `torch.utils.checkpoint` runs a block the first time and later."""
+    return nullcontext(), _AsTheFirstTime(block)
 
 
-@contextmanager
-def _as_the_first_time(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Restore the modes that modules had in the first forward. Copy buffers, so that they are not updated twice."""
-    found = [(module, module.training, module._buffers) for module, _ in modes]
-    for module, training in modes:
-        module.training = training
-        if training:
-            module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-    try:
-        yield
-    finally:
-        for module, training, buffers in found:
+class _AsTheFirstTime:
+    """Gives modules the modes that they had when this was made, and copies of their buffers, which do not change again.
+
+    It can be entered many times, because a graph can be run backward many times.
+    """
+
+    def __init__(self, block: Sequence[nn.Module]) -> None:
+        self.modes = [(m, m.training) for part in block for m in part.modules()]
+        self.found: list[tuple[nn.Module, bool, Any]] = []
+
+    def __enter__(self) -> None:
+        self.found = [(module, module.training, module._buffers) for module, _ in self.modes]
+        for module, training in self.modes:
+            module.training = training
+            if training:
+                module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+
+    def __exit__(self, *exception: object) -> None:
+        for module, training, buffers in self.found:
             module.training, module._buffers = training, buffers

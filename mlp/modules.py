@@ -9,6 +9,7 @@ from torch import Tensor
 from . import functional as F
 from .batch_norm import norm_act_dropout
 from .layer import Norm
+from .tracing import leaf
 
 
 class Linear(torch.nn.Linear):
@@ -24,6 +25,7 @@ class Linear(torch.nn.Linear):
         ValueError, TypeError: when it is called, as `functional.linear` does.
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
 
@@ -31,6 +33,7 @@ class Linear(torch.nn.Linear):
 class LinearReLU(Linear):
     """relu(input weight^T + bias) in one kernel. Arguments, shapes and errors are those of `Linear`."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu(input, self.weight, self.bias)
 
@@ -48,6 +51,7 @@ class Dropout(torch.nn.Dropout):
         ValueError: p is not in [0, 1].
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.p, self.training)
 
@@ -65,6 +69,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         ValueError, TypeError: when it is called, as `functional.batch_norm` does.
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         return norm_act_dropout(input, norm_of(self), None, 0.0)
@@ -98,6 +103,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         ValueError, TypeError, IndexError: when it is called, as `functional.cross_entropy` does.
     """
 
+    @leaf
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
             input,
@@ -152,6 +158,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         self.options = options
         self.linear = Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
 
+    @leaf
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
         return F.linear_cross_entropy(
@@ -165,3 +172,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
         )
+
+    def extra_repr(self) -> str:
+        options = "num_classes", "out_features", "bias", "reduction", "ignore_index", "label_smoothing", "options"
+        given = vars(self) | {"in_features": self.linear.in_features, "bias": self.linear.bias is not None}
+        return ", ".join(f"{name}={given[name]}" for name in ("in_features", *options))

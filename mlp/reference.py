@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .layer import Columns, Norm
+
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu6"]
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda input: input,
@@ -33,12 +36,13 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
 
     If the statistics are those of the batch, it updates the running averages and increments norm.batches.
     """
-    momentum = norm.momentum
+    # In evaluation PyTorch does not use the momentum, but does not accept None.
+    momentum = norm.momentum if norm.batch_stats else 0.0
     if norm.batch_stats and norm.batches is not None:
         norm.batches.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.batches)
-    if input.shape == (len(input), 0) and norm.batch_stats:  # PyTorch raises an error for this shape
+    if input.shape[1:] == (0,) and norm.batch_stats:  # PyTorch raises an error for this shape
         return input * (1 if norm.weight is None else norm.weight) + (0 if norm.bias is None else norm.bias)
     return F.batch_norm(
         input,

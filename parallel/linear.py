@@ -20,6 +20,7 @@ from ..mlp.check import check_activation
 from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
 from ..mlp.modules import Linear
+from ..mlp.reference import Activation
 from .collectives import CopyToRanks, Ranks, gather_columns, gather_rows, reduce_from_ranks, scatter_rows, split_columns
 from .handshake import check_alike, random_state, shapes, values
 
@@ -150,7 +151,7 @@ class ColumnParallelLinear(ParallelLinear):
         bias: bool = True,
         *,
         mesh: DeviceMesh,
-        activation: str | None = None,
+        activation: Activation | None = None,
         gather_output: bool = False,
         sequence_parallel: bool = False,
         uneven: bool = False,
@@ -224,7 +225,7 @@ class RowParallelLinear(ParallelLinear):
         bias: bool = True,
         *,
         mesh: DeviceMesh,
-        activation: str | None = None,
+        activation: Activation | None = None,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
         uneven: bool = False,

@@ -9,8 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..mlp.batch_norm import norm_act_dropout
 from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
-from ..mlp.model import FORWARDS, MLP, activation_name, is_plain
+from ..mlp.model import MLP
 from ..mlp.modules import Dropout
+from ..mlp.sequential import FORWARDS, activation_name, is_plain
 from .channels import ParallelBatchNorm1d, ParallelDropout
 from .collectives import Ranks, gather_rows
 from .handshake import check_alike, random_state, shapes, values

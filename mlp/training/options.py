@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 
 from ..model import Init
-from ..reference import ACTIVATIONS
+from ..reference import ACTIVATIONS, Activation
 from .data import DATASETS, Task
 from .errors import InputError
 from .loss import LOSSES
@@ -33,7 +33,7 @@ class Options:
     target: str | None
     task: Task | Literal["auto"]
     hidden: list[int]
-    activation: str
+    activation: Activation
     batch_norm: bool
     dropout: float
     init: Init
