@@ -49,12 +49,15 @@ READ_TWICE = {"aten.native_batch_norm": (0,), "aten.native_batch_norm_backward":
 
 
 class AtenTraffic(TorchDispatchMode):
-    """Reports PyTorch's operators to the open ledgers, except views and allocations, which launch no kernel."""
+    """Reports PyTorch's operators to the open ledgers, except views and allocations, which launch no kernel.
+
+    fusemlp's operators are left out, because its launchers report themselves.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func.overloadpacket)
-        if not func.is_view and not name.startswith(ALLOCATIONS):
+        if not func.is_view and not name.startswith(ALLOCATIONS) and func.namespace != "fusemlp":
             count_flops = flop_registry.get(func.overloadpacket)
             flops = count_flops(*args, **(kwargs or {}), out_val=result) if count_flops else 0
             read = [each for position, each in enumerate(args) if position != UNREAD.get(name)]

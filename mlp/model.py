@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 from .check import check_activation, check_bool, check_choice, check_probability, check_widths
 from .modules import BatchNorm1d, Dropout, Linear
@@ -115,11 +115,11 @@ class MLP(Sequential):
             if isinstance(layer, nn.Linear):
                 init_linear(layer, init, activation)
 
-    def run_all(self, input: Tensor) -> Tensor:
+    def run_all(self, input: Tensor, recompute: bool = False) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled():
-            return self.run(list(self), input)
+            return super().run_all(input)
         if by_kernels(input, *self.parameters()):
-            return self.run(list(self), input, recompute=True)
+            return super().run_all(input, recompute=True)
         for block in _hidden_blocks(list(self)):
             if len(block) == 1:
                 input = self.run(block, input)
@@ -127,7 +127,7 @@ class MLP(Sequential):
                 # torch.compile does not support context_fn, and its recomputation does not change modules.
                 compiling = torch.compiler.is_compiling()
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
-                input = recompute(self.run, block, input, use_reentrant=False, **contexts)
+                input = checkpoint(self.run, block, input, use_reentrant=False, **contexts)
         return input
 
 

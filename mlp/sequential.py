@@ -51,15 +51,15 @@ class Sequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         if isinstance(input, Proxy):  # the root of a trace is not a node, but its children are
             return nn.Sequential.forward(self, input)
+        return self.run_all(input)
+
+    def run_all(self, input: Any, recompute: bool = False) -> Any:
+        """Run all modules. See `run_fused` for the arguments. Subclasses may override this method."""
         dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in self)
         if dropping and by_kernels(input, product=False):
             with drawn_at_once(dropping, input.device):
-                return self.run_all(input)
-        return self.run_all(input)
-
-    def run_all(self, input: Any) -> Any:
-        """Run all modules. Subclasses may override this method."""
-        return self.run(list(self), input)
+                return self.run(list(self), input, recompute)
+        return self.run(list(self), input, recompute)
 
     def run(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
         """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
