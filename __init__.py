@@ -20,6 +20,10 @@ if TYPE_CHECKING:
         Sequential,
         fold_batch_norm,
         functional,
+        fuse,
+        fuse_report,
+        to_torch,
+        unfuse,
     )
     from .mlp.explain import explain
     from .parallel import (
@@ -56,7 +60,11 @@ __all__ = [
     "explain",
     "fold_batch_norm",
     "functional",
+    "fuse",
+    "fuse_report",
     "parallelize",
+    "to_torch",
+    "unfuse",
     "vocab_parallel_cross_entropy",
 ]
 

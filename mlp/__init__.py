@@ -2,6 +2,7 @@
 
 from . import functional
 from .fold import fold_batch_norm
+from .fusion import fuse, fuse_report, to_torch, unfuse
 from .model import MLP
 from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
 from .sequential import Sequential
@@ -17,4 +18,8 @@ __all__ = [
     "Sequential",
     "fold_batch_norm",
     "functional",
+    "fuse",
+    "fuse_report",
+    "to_torch",
+    "unfuse",
 ]

@@ -16,6 +16,7 @@ from ..kernels.gpu import Gpu
 from ..kernels.launch import Choice
 from .layer import Layer
 from .sequential import layer_at
+from .table import as_text
 
 if launch.HAS_TRITON:
     from ..kernels.layout import Layout
@@ -78,12 +79,7 @@ class Explanation(list[Explained]):
     """What `explain` says of a model. As a string it is a table."""
 
     def __str__(self) -> str:
-        table = [Explained._fields, *([*each[:-1], f"{each.us:.1f}"] for each in self)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(Explained._fields))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        return "\n".join(lines)
+        return as_text(Explained._fields, [[*each[:-1], f"{each.us:.1f}"] for each in self])
 
     @property
     def us(self) -> float:

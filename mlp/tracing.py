@@ -14,10 +14,11 @@ def leaf(forward: Call) -> Call:
     """Have torch.fx enter a module as one node. The root of a trace is no node: its forward runs."""
 
     @functools.wraps(forward)
-    def call(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        input = next(iter((*args, *kwargs.values())), None)
         if isinstance(input, Proxy) and isinstance(tracer := input.tracer, Tracer) and tracer.root is not self:
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
-        return forward(self, input, *args, **kwargs)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
 
     return call  # pyright: ignore[reportReturnType]
 
