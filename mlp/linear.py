@@ -53,7 +53,7 @@ def linear_chain(
         return _chain_by_torch(input, layers, entrance)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     # Under torch.compile, operators must not change their arguments, but the chain's kernels update running averages.
-    if torch.compiler.is_compiling() and not all(layer.plain for layer in layers):
+    if torch.compiler.is_compiling() and any(layer.norm and layer.norm.batch_stats for layer in layers):
         output = _pass_by_pass(entrance(rows) if entrance else rows, layers)
     else:
         output = run_chain(rows, layers, recompute, entrance)

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="not run: needs an NVIDIA GPU"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device():
     """Where the kernels run: on the GPU, or in Triton's interpreter on the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu", 0 if torch.cuda.is_available() else None)
