@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         functional,
         fuse,
         fuse_report,
+        make_graphed_step,
         to_torch,
         unfuse,
     )
@@ -62,6 +63,7 @@ __all__ = [
     "functional",
     "fuse",
     "fuse_report",
+    "make_graphed_step",
     "parallelize",
     "to_torch",
     "unfuse",

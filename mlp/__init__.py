@@ -3,6 +3,7 @@
 from . import functional
 from .fold import fold_batch_norm
 from .fusion import fuse, fuse_report, to_torch, unfuse
+from .graphed_step import make_graphed_step
 from .model import MLP
 from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
 from .sequential import Sequential
@@ -20,6 +21,7 @@ __all__ = [
     "functional",
     "fuse",
     "fuse_report",
+    "make_graphed_step",
     "to_torch",
     "unfuse",
 ]

@@ -1,10 +1,13 @@
 """What only a GPU can show. Each is reported as not run where there is none."""
 
+import copy
+
 import pytest
 import torch
 from fusemlp.kernels import launch
-from fusemlp.mlp import MLP, reference
+from fusemlp.mlp import MLP, make_graphed_step, reference
 from fusemlp.mlp import functional as F
+from fusemlp.mlp.graphed_step import EAGER_STEPS
 from tolerance import assert_as_close_as_torch
 
 pytestmark = pytest.mark.gpu
@@ -150,3 +153,85 @@ def test_compiles_with_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True)
     torch.testing.assert_close(gradients(compiled, x), gradients(net, x))
+
+
+def steps_of(net, optimizer, batches, change=lambda position, optimizer: None):
+    """The losses of a loop over batches."""
+    losses = []
+    for position, (x, target) in enumerate(batches):
+        change(position, optimizer)
+        loss = F.cross_entropy(net(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def graphed_steps_of(net, optimizer, batches, change=lambda position, optimizer: None):
+    step = make_graphed_step(net, F.cross_entropy, optimizer, batches[0])
+    losses = []
+    for position, batch in enumerate(batches):
+        change(position, optimizer)
+        losses.append(step(*batch))
+    return torch.stack(losses)
+
+
+def batches_of(count, rows=512):
+    for _ in range(count):
+        yield torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16), torch.randint(64, (rows,), device="cuda")
+
+
+def smaller_rate(position, optimizer):
+    if position == 6:
+        optimizer.param_groups[0]["lr"] = 0.001
+
+
+def loaded_state(position, optimizer):
+    if position == 6:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+CHANGES = {"no change": lambda position, optimizer: None, "rate": smaller_rate, "loaded": loaded_state}
+OPTIMIZERS = {
+    "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+    "AdamW": lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, capturable=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_graphed_steps_are_those_of_a_loop(optimizer, change):
+    net, _ = net_and_input(batch_norm=True)
+    twin, batches = copy.deepcopy(net), list(batches_of(9))
+    losses = graphed_steps_of(net, optimizer(net), batches, change)
+    assert torch.equal(losses, steps_of(twin, optimizer(twin), batches, change))
+    assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))
+
+
+def test_graphed_steps_take_batches_from_the_host():
+    net, _ = net_and_input()
+    losses = graphed_steps_of(net, OPTIMIZERS["SGD"](net), [(x.cpu(), t.cpu()) for x, t in batches_of(1)] * 6)
+    assert (losses.diff() < 0).all()
+
+
+def test_a_graphed_step_that_waits_for_the_gpu_says_so():
+    net, _ = net_and_input()
+    x, target = next(batches_of(1))
+
+    def loss(y, target):
+        value = F.cross_entropy(y, target)
+        return value / value.item()
+
+    step = make_graphed_step(net, loss, OPTIMIZERS["SGD"](net), (x, target))
+    for _ in range(EAGER_STEPS):
+        step(x, target)
+    with pytest.raises(RuntimeError, match="wait for the GPU"):
+        step(x, target)
+
+
+def test_a_graphed_step_needs_a_capturable_optimizer():
+    net, _ = net_and_input()
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(ValueError, match="capturable=True"):
+        make_graphed_step(net, F.cross_entropy, optimizer, next(batches_of(1)))
