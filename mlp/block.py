@@ -27,9 +27,17 @@ ACTIVATIONS = {name: make() for name, make in ACTIVATION_MODULES.items()}
 
 
 class ChildCall(NamedTuple):
-    """A call of a child, by its name."""
+    """A call of a child.
+
+    Attributes:
+        name: of the child.
+        activation: name of the activation that the child computes, if its class is of another library; or None.
+        kind: this class.
+    """
 
     name: str
+    activation: str | None = None
+    kind: type[nn.Module] = nn.Module
 
 
 class ActivationCall(NamedTuple):
@@ -54,14 +62,16 @@ class FusedBlock(nn.Module):
 
     def in_order(self) -> list[nn.Module]:
         """The modules that forward runs. Those that do nothing are left out, so that layers are not cut there."""
-        if self.calls is None:
-            found = list(self._modules.values())
-        else:
-            found = [
-                self._modules[call.name] if isinstance(call, ChildCall) else ACTIVATIONS[call.name]
-                for call in self.calls
-            ]
+        found = list(self._modules.values()) if self.calls is None else [self._called(call) for call in self.calls]
         return [m for m in found if m is not None and not is_plain(m, {nn.Identity: nn.Identity.forward})]
+
+    def _called(self, call: "ChildCall | ActivationCall") -> nn.Module | None:
+        if isinstance(call, ActivationCall):
+            return ACTIVATIONS[call.name]
+        child = self._modules[call.name]
+        # It may have been replaced, or have got a hook.
+        known = child is not None and is_plain(child, {call.kind: call.kind.forward})
+        return ACTIVATIONS[call.activation] if call.activation and known else child
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
@@ -106,7 +116,9 @@ def calls_in_order(module: nn.Module) -> Calls | str:
     if type(module).__module__.startswith("torch."):
         return "it is a module of PyTorch that does more than to call its children"
     training, evaluation = (_calls_in_mode(module, mode) for mode in (True, False))
-    return training if training == evaluation else "its forward differs between training and evaluation"
+    if training != evaluation:
+        return "its forward differs between training and evaluation"
+    return "its forward makes one call" if len(training or ()) == 1 else training
 
 
 def _calls_in_mode(module: nn.Module, training: bool) -> Calls | str:
@@ -134,18 +146,24 @@ def _calls_of(graph: Graph, module: nn.Module) -> Calls | str:
         before = node
     if last.args != (before,):
         return "its forward does not return the output of its last call"
-    if len(calls) < 2:
-        return "its forward makes one call"
     return tuple(calls)
 
 
 def _call_of(node: Any, module: nn.Module) -> ChildCall | ActivationCall | None:
     if node.op == "call_module" and node.target in module._modules and not node.kwargs:
-        return ChildCall(node.target)
+        return _child_call(node.target, module._modules[node.target])
     if node.op in ("call_function", "call_method") and node.target in ACTIVATION_FUNCTIONS:
         name = activation_name(ACTIVATION_FUNCTIONS[node.target](**node.kwargs))
         return ActivationCall(name) if name else None
     return None
+
+
+def _child_call(name: str, child: nn.Module | None) -> ChildCall:
+    if child is not None and not type(child).__module__.startswith(("torch.", "fusemlp.")):
+        match _calls_in_mode(child, child.training):
+            case (ActivationCall(activation),):
+                return ChildCall(name, activation, type(child))
+    return ChildCall(name)
 
 
 def _name_of(node: Any) -> str:

@@ -12,7 +12,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc2 = nn.Linear(hidden, width)
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
+        self.act = Activation()
         self.drop1 = nn.Dropout(0.0)
         self.norm = nn.Identity()
         self.drop2 = nn.Dropout(0.0)
@@ -38,6 +38,17 @@ class Net(nn.Module):
     def forward(self, x):
         x = functional.relu(self.first(x))
         return self.third(self.second(x).sigmoid())
+
+
+class Activation(nn.Module):
+    """Has an activation of its own, as in language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.function = functional.gelu
+
+    def forward(self, input):
+        return self.function(input)
 
 
 class Tower(nn.Sequential):
