@@ -167,7 +167,7 @@ def epilogue_tensors(epilogue: Epilogue) -> list[Tensor]:
 
 
 def _by_cublas(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, row_sum: Tensor | None) -> None:
-    """`gemm` by cuBLAS, with a bias or without an epilogue; the rows of a are added up in a pass."""
+    """`gemm` by cuBLAS, with a bias or without an epilogue."""
     bias = epilogue.args.bias if epilogue.args is not None else None
     with torch.no_grad():
         if bias is None:
@@ -175,7 +175,8 @@ def _by_cublas(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, row_sum: T
         else:
             torch.addmm(bias, a, b, out=out)
         if row_sum is not None:
-            torch.sum(a, 1, out=row_sum)
+            # torch.sum takes 65 us for the columns of (65536, 128) on an H200, four times as long.
+            torch.mm(a, a.new_ones(a.shape[1], 1), out=row_sum[:, None])
 
 
 def gemm(

@@ -109,6 +109,9 @@ def _plan_without_copies(
     cublas = (
         on.cublas
         and describable
+        # Without these multiples of 16 bytes, cuBLAS loads or stores 2 or 4 bytes at a time.
+        and product.vectors
+        and (out.vectors or N == 1)
         and (kind.tile_fn is identity or (kind.tile_fn is bias_act and kind.fns.act is no_activation))
         and a.dtype == out.dtype
         and out.row_major

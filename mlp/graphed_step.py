@@ -50,8 +50,8 @@ def make_graphed_step(
         model: the module to train. Its output is the first argument of the loss.
         loss: `loss(model(input), target)` is the tensor to differentiate, (1,) or ().
         optimizer: an optimizer of the model's parameters. On a GPU, it must be capturable if it can be.
-        sample: an input and a target. Those of every step have their shapes and dtypes. Their device is that of the
-            step.
+        sample: an input and a target. Those of every step have their shapes and dtypes. Steps run on the device of the
+            model, and copy batches there.
 
     Returns:
         A `GraphedStep`: `step(input, target)` returns the loss, detached.
@@ -65,10 +65,11 @@ def make_graphed_step(
     input, target = sample
     check_is_tensor("sample[0]", input)
     check_is_tensor("sample[1]", target)
-    if input.is_cuda and any(group.get("capturable") is False for group in optimizer.param_groups):
+    device = next((parameter.device for parameter in model.parameters()), input.device)
+    if device.type == "cuda" and any(group.get("capturable") is False for group in optimizer.param_groups):
         kind = type(optimizer).__name__
         raise ValueError(f"optimizer: {kind} keeps its state on the host; make it with {kind}(..., capturable=True)")
-    return GraphedStep(model, loss, optimizer, input, target)
+    return GraphedStep(model, loss, optimizer, input.to(device), target.to(device))
 
 
 class GraphedStep:
@@ -91,7 +92,7 @@ class GraphedStep:
         """Perform one step.
 
         Args:
-            input, target: a batch, with the shapes and dtypes of the sample. Those on the host are copied to the GPU.
+            input, target: a batch, with the shapes and dtypes of the sample.
 
         Returns:
             The loss, detached.
@@ -104,7 +105,7 @@ class GraphedStep:
         _check_alike("input", input, self.input)
         _check_alike("target", target, self.target)
         if self._side is None:
-            return self._step(input, target)
+            return self._step(input.to(self.input.device), target.to(self.input.device))
         self.input.copy_(input, non_blocking=True)
         self.target.copy_(target, non_blocking=True)
         if self._eager_steps < EAGER_STEPS:
@@ -139,10 +140,14 @@ class GraphedStep:
         """Record a step, without performing it."""
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.input.device.index]
+        before = generator.clone_state()
         try:
             with torch.cuda.graph(graph):
                 value = self._step(self.input, self.target)
         except RuntimeError as error:
+            # A failed capture leaves the generator in a state in which nothing can be drawn outside of a graph.
+            generator.graphsafe_set_state(before)
             raise RuntimeError(
                 "model, loss or optimizer does what a CUDA graph cannot record, such as to wait for the GPU (item(), "
                 "cpu(), print, a branch on a tensor's value) or to copy from memory that is not pinned; see the error "

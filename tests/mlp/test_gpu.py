@@ -228,6 +228,7 @@ def test_a_graphed_step_that_waits_for_the_gpu_says_so():
         step(x, target)
     with pytest.raises(RuntimeError, match="wait for the GPU"):
         step(x, target)
+    assert torch.rand(8, device="cuda").std() > 0, "PyTorch cannot draw after the failed capture"
 
 
 def test_a_graphed_step_needs_a_capturable_optimizer():
