@@ -38,8 +38,8 @@ from .epilogue import (
     dact_saved,
 )
 from .gemm import IDENTITY, Unreduced, gemm
-from .layout import Layout, aligned, layout_of
-from .plan import plan_gemm
+from .layout import aligned, layout_of
+from .plan import plan_product
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
@@ -86,8 +86,7 @@ def aligned_input(x: Tensor, w: Tensor) -> Tensor:
     at = layout_of(x)
     if at.describable:
         return x
-    out = Layout(x.shape[0], w.shape[0], w.shape[0], 1, x.dtype, True)
-    plan = plan_gemm(at, layout_of(w.t()), out, IDENTITY.kind, False, False, gpu.of(x.device))
+    plan = plan_product(at, layout_of(w.t()), gpu.of(x.device))
     return aligned(x) if plan.align_a else x
 
 

@@ -1,5 +1,6 @@
 """The plan of a GEMM: which code computes it, in which tiles, and how long that is predicted to take."""
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,6 +161,14 @@ _plans: dict[Any, GemmPlan] = {}
 def forget_plans() -> None:
     """Plan every GEMM anew."""
     _plans.clear()
+    plan_product.cache_clear()
+
+
+@functools.lru_cache(MAX_PLANS)
+def plan_product(a: Layout, b: Layout, on: Gpu) -> GemmPlan:
+    """`plan_gemm` for a product without an epilogue, whose result is contiguous. Plans are kept."""
+    out = Layout(a.rows, b.cols, b.cols, 1, a.dtype, True)
+    return plan_gemm(a, b, out, EpilogueKind(identity), False, False, on)
 
 
 def plan_for(a: Tensor, b: Tensor, out: Tensor, kind: EpilogueKind, row_sum: bool, tf32: bool) -> GemmPlan:
