@@ -30,6 +30,7 @@ from triton.runtime import driver
 
 from ..kernels import config, dispatch, launch
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.align import aligned
 from ..kernels.batch_norm import (
     NormArgs,
     batch_norm_bwd,
@@ -278,6 +279,9 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     octets = torch.empty(M, 1000, dtype=dtype)
     yield "column_moments octets", lambda: column_moments(octets, None, None, None, 0.1)
     yield "dropout octets", lambda: dropout(octets, 0.1, seed)
+    if dtype.itemsize == 2:
+        unaligned = torch.empty(M, 479, dtype=dtype)
+        yield "align", lambda: aligned(unaligned)
     yield "scale", lambda: scale_([x, dy, weight.to(dtype)], bias.to(dtype)[0])
     for C in CLASSES:
         logits, index, classes = (

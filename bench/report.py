@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from matplotlib.figure import Figure
 
 from ..mlp.training.checkpoint import atomic_write
 from . import plot
-from .cases import NETS
 from .competitors import CEILING
 
 
@@ -175,17 +173,6 @@ def predicted(results: Path) -> str:
     return f"{markdown(table)}\n{note}\n"
 
 
-def predicted_means(results: Path) -> str:
-    """The section on the geometric means of what is predicted over the nets."""
-    rows = _predicted(results)
-    nets = rows[rows["case"].isin([case.name for case in NETS])]
-    over = {name: statistics.geometric_mean(nets[f"over_{name}"]) for name in ("torch", "torch.compile")}
-    return (
-        f"Training under CUDA graphs on an H200, geometric means over the nets: {over['torch']:.2f} times as fast as "
-        f"torch and {over['torch.compile']:.2f} times as fast as torch.compile, **modelled, not measured**.\n"
-    )
-
-
 def claims(results: Path) -> str:
     """The section on the textbook claims that `regimes` tests."""
     (path,) = stored(results, "cpu/claims.csv")
@@ -213,7 +200,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "means": means,
     "claims": claims,
     "predicted": predicted,
-    "predicted-means": predicted_means,
 }
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 

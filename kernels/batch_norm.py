@@ -37,9 +37,9 @@ from torch import Tensor
 
 from . import cost, gpu, launch
 from .activation import functions_of_preact
-from .config import REDUCTION, cdiv, pointwise_block, row_splits
+from .config import cdiv, pointwise_block, reduction_block, reduction_options, row_splits
 from .dropout import drop, dropout_args
-from .moments import LOAD_STAGES, MERGE_BLOCK, column_sums, store_partial, store_rounded
+from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
@@ -120,7 +120,8 @@ def _apply_kernel(
 def _grad_sums_kernel(
     dy_ptr, x_ptr, partial_ptr, norm, dropout, M, N, splits, rows_per_split,
     stride_ym, stride_yn, stride_xm, stride_xn,
-    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of du and of du xhat over one range of rows, stored in partial (2, splits, N)."""
     N, stride_ym, stride_xm = in_octets(N, OCTETS), in_octets(stride_ym, OCTETS), in_octets(stride_xm, OCTETS)
@@ -133,7 +134,7 @@ def _grad_sums_kernel(
     # 2. Add up the range, each thread its own elements.
     du_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     du_xhat_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    for row in tl.range(begin, end, BLOCK_M, num_stages=LOAD_STAGES):
+    for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         dy = load_tile(dy_ptr, row, col, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
@@ -314,7 +315,7 @@ def batch_norm_bwd_sums(
     """
     launch.check_addressable(dy, x)
     M, N = x.shape
-    block_m, block_n = pointwise_block(N)
+    block_m, block_n = reduction_block(N)
     rows_per_split = row_splits(M, N, gpu.of(x.device).sms)
     splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
@@ -323,7 +324,8 @@ def batch_norm_bwd_sums(
         dy, x, partial, NormArgs(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset=col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n, **REDUCTION,
+        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
+        **reduction_options(x.element_size()),
     )  # fmt: skip
     cost.report("batch_norm_grad_sums", 0, (dy, x, seed, mean, var, weight, bias, partial))
     return merge_grad_sums(partial, weight, bias)

@@ -84,9 +84,27 @@ def pointwise_block(N: int) -> tuple[int, int]:
     return POINTWISE_ELEMENTS // block_n, block_n
 
 
-# A program that reduces rows keeps two sums for each element of a tile in registers. These options let a multiprocessor
-# hold two such programs.
-REDUCTION = {"num_warps": 8, "maxnreg": 128}
+REDUCTION_ELEMENTS = 2048
+
+
+def reduction_block(N: int) -> tuple[int, int]:
+    """Rows and columns of a tile of a pass that reduces the rows of an (M, N) matrix."""
+    block_n = min(64, max(16, 1 << (N - 1).bit_length()))
+    return REDUCTION_ELEMENTS // block_n, block_n
+
+
+def reduction_options(itemsize: int) -> dict[str, int]:
+    """Options of a pass that reduces rows: of the compiler, and the steps ahead of which it loads tiles.
+
+    A program keeps two sums for each element of a tile in registers. These options, the tile and ROW_SPLITS_PER_SM are
+    the fastest of 80 choices for bfloat16 on an H200 (bench/results/nvidia-h200/reductions.csv).
+
+    Args:
+        itemsize: bytes of an element.
+    """
+    return {"num_warps": 4, "maxnreg": 128, "STAGES": 5 if itemsize <= 4 else 3}
+
+
 ROW_SPLITS_PER_SM = 2
 
 
@@ -94,9 +112,9 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
     """Rows of each range, when a reduction over the rows of an (M, N) matrix is split to fill the device.
 
     Returns:
-        A multiple of the rows of a tile of `pointwise_block`.
+        A multiple of the rows of a tile of `reduction_block`.
     """
-    block_m, block_n = pointwise_block(N)
+    block_m, block_n = reduction_block(N)
     tiles_m = cdiv(M, block_m)
     splits = min(tiles_m, max(1, ROW_SPLITS_PER_SM * num_sms // cdiv(N, block_n)))
     return cdiv(tiles_m, splits) * block_m

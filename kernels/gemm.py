@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import cost, launch
+from .align import aligned
 from .config import cdiv
 from .epilogue import Epilogue, EpilogueKind, identity
-from .layout import aligned, describe
+from .layout import describe
 from .plan import plan_for
 from .tile import cast, in_octets, matmul_tile, store_tile, tile_order
 

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         return self.aligned and self.dtype.itemsize == 2 and 1 in self[2:4] and pitch > 0 and pitch % 8 == 0
 
     def padded(self) -> "Layout":
-        """The layout of what `aligned` returns."""
+        """The layout of what `align.aligned` returns."""
         if not self.row_major and self.stride_row == 1:
             return self.t().padded().t()
         return Layout(self.rows, self.cols, cdiv(self.cols, 8) * 8, 1, self.dtype, True)
@@ -56,14 +56,6 @@ def layout_of(x: Tensor) -> Layout:
     """The layout of a matrix."""
     (rows, cols), (stride_row, stride_col) = x.shape, x.stride()
     return Layout(rows, cols, stride_row, stride_col, x.dtype, x.data_ptr() % 16 == 0)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """A copy of a 16-bit matrix that the TMA unit can address, of the same order, made by PyTorch."""
-    if x.stride(1) != 1 and x.stride(0) == 1:
-        return aligned(x.t()).t()
-    rows, cols = x.shape
-    return x.new_empty(rows, cdiv(cols, 8) * 8)[:, :cols].copy_(x)
 
 
 def describe(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:

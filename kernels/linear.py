@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import cost, gpu, launch
 from .activation import ACTIVATIONS, Functions, functions_of_preact, identity
+from .align import aligned
 from .batch_norm import NormArgs
 from .config import cdiv
 from .dropout import DropoutArgs
@@ -38,7 +39,7 @@ from .epilogue import (
     dact_saved,
 )
 from .gemm import IDENTITY, Unreduced, gemm
-from .layout import aligned, layout_of
+from .layout import layout_of
 from .plan import plan_product
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 

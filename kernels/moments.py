@@ -17,11 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, gpu, launch
-from .config import REDUCTION, cdiv, pointwise_block, row_splits
+from .config import cdiv, reduction_block, reduction_options, row_splits
 from .tile import INTERPRET, acc_dtype, all_octets, cast, in_octets, load_tile, triton_acc_dtype
-
-# Steps ahead of which a reduction over rows loads its tiles.
-LOAD_STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -44,7 +41,7 @@ def merge_moments(n, mean, m2, other_n, other_mean, other_m2):
 @triton.jit
 def _moments_kernel(
     x_ptr, partial_ptr, M, N, splits, rows_per_split, stride_xm, stride_xn,
-    ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations m2 of one range of rows, stored in partial (2, splits, N)."""
     N, stride_xm = in_octets(N, OCTETS), in_octets(stride_xm, OCTETS)
@@ -62,7 +59,7 @@ def _moments_kernel(
     # 3. Add up the deviations and their squares, each thread its own elements.
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     square = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    for row in tl.range(begin, end, BLOCK_M, num_stages=LOAD_STAGES):
+    for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         deviation = tl.where((row + tl.arange(0, BLOCK_M) < end)[:, None], x - shift, 0.0)
         total += deviation
@@ -222,7 +219,7 @@ def column_moments(
     """
     launch.check_addressable(x)
     M, N = x.shape
-    block_m, block_n = pointwise_block(N)
+    block_m, block_n = reduction_block(N)
     rows_per_split = row_splits(M, N, gpu.of(x.device).sms)
     splits = cdiv(M, rows_per_split)
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
@@ -230,7 +227,7 @@ def column_moments(
         _moments_kernel, splits * cdiv(N, block_n), x.device,
         x, partial, M, N, splits, rows_per_split, *x.stride(),
         ACC_DTYPE=triton_acc_dtype(x.dtype), OCTETS=all_octets(N, x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
-        **REDUCTION,
+        **reduction_options(x.element_size()),
     )  # fmt: skip
     cost.report("batch_norm_moments", 0, (x, partial))
     mean_dtype = dtype or acc_dtype(x.dtype)

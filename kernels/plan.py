@@ -24,9 +24,10 @@ class GemmPlan:
     Attributes:
         number: distinguishes plans.
         product: what is computed.
-        us: predicted time in microseconds.
+        us: predicted time in microseconds, without copies.
+        copies_us: predicted time of the copies.
         cublas: whether cuBLAS computes the product.
-        align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`aligned`).
+        align_a, align_b: whether a and b are first copied so that the TMA unit can address them (`align.aligned`).
         programs: number of programs of the launch.
         split_k: number of ranges that K is cut into.
         block: BLOCK_M, BLOCK_N and BLOCK_K.
@@ -40,6 +41,7 @@ class GemmPlan:
     number: int
     product: Gemm
     us: float
+    copies_us: float
     cublas: bool
     align_a: bool
     align_b: bool
@@ -85,8 +87,10 @@ def plan_gemm(
     now = _plan_without_copies(a, b, out, kind, row_sum, tf32, on)
     padded_a, padded_b = (x if x.describable else x.padded() for x in (a, b))
     after = _plan_without_copies(padded_a, padded_b, out, kind, row_sum, tf32, on)
-    us = after.us + sum(align_us(x.rows * x.cols * 2, on) for x in (a, b) if not x.describable)
-    return replace(after, us=us, align_a=align_a, align_b=align_b) if us < now.us else now
+    copies_us = sum(align_us(x.rows * x.cols * 2, on) for x in (a, b) if not x.describable)
+    if after.us + copies_us >= now.us:
+        return now
+    return replace(after, copies_us=copies_us, align_a=align_a, align_b=align_b)
 
 
 def _plan_without_copies(
@@ -127,6 +131,7 @@ def _plan_without_copies(
         number=next(_plan_numbers),
         product=product,
         us=cublas_us if cublas else us,
+        copies_us=0.0,
         cublas=cublas,
         align_a=False,
         align_b=False,

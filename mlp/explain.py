@@ -126,7 +126,7 @@ def _explain_layer(name: str, layer: Layer, rows: int, below: Layer | None, on: 
         else:
             plan = _plan(work, layer, below, rows, on)
             reason = "predicted to be faster than the Triton kernel" if plan.cublas else choice.reason
-            yield _explained(name, work, plan.path, reason, plan.product, plan.us, on)
+            yield _explained(name, work, plan.path, reason, plan.product, plan.us + plan.copies_us, on)
     if not layer.plain:
         moved = rows * N * dtype.itemsize
         passes = (3, 5) if layer.norm is not None and layer.norm.batch_stats else (2, 3)
