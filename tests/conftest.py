@@ -17,7 +17,7 @@ from fusemlp.kernels import launch
 from fusemlp.kernels.plan import forget_plans
 
 # Imported after this module, so with the variable set.
-pytest_plugins = ["memcheck"]
+pytest_plugins = ["memcheck", "client_table"]
 
 torch.set_num_threads(1)
 # An example is slow for what it compiles, or for what else the machine does.
