@@ -11,7 +11,7 @@ from ..kernels import launch
 from . import reference
 from .autograd import Function
 from .check import check_norm, check_probability
-from .dropout import DropoutFunction
+from .dropout import DropoutFunction, no_columns
 from .layer import Columns, Norm
 from .reference import Activation
 from .second_order import differentiable_grads
@@ -110,6 +110,8 @@ def norm_act_dropout(
     # The kernels take rows of channels. PyTorch's own kernels read other layouts without a copy.
     channels_last = input.movedim(1, -1) if input.dim() > 2 else input
     no_rows = input.dim() > 2 and not channels_last.is_contiguous()
+    if 0 < p < 1 and no_columns(input, columns):
+        p = 0.0
     if p == 1 or no_rows or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
     rows = channels_last.reshape(-1, channels_last.shape[-1])

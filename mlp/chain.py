@@ -51,10 +51,20 @@ if launch.HAS_TRITON:
 
 
 class Entrance(Protocol):
-    """A collective that is applied to the input of a chain. Its backward pass exchanges the input's gradient."""
+    """A collective that is applied to the input of a chain. Its backward pass exchanges the input's gradient.
+
+    Attributes:
+        scale: number of rows of the result for each row of the input.
+    """
+
+    scale: int
 
     def __call__(self, input: Tensor) -> Tensor:
         """Apply the collective to the input, differentiably."""
+        ...
+
+    def enter(self, input: Tensor) -> Tensor:
+        """Apply the collective to the input, outside autograd. A result that is not the input is not kept."""
         ...
 
     def start(self, grad: Tensor) -> Callable[[], Tensor]:
@@ -189,9 +199,9 @@ class LinearFunction(Function):
         *params: Tensor | None,
     ) -> Tensor:
         whole = [layer.with_params(each) for layer, each in zip(layers, _grouped(Params, params), strict=True)]
-        x = input
+        x = entered = entrance.enter(input) if entrance else input
         if whole[0].weight.requires_grad and not torch.compiler.is_compiling():
-            x = aligned_input(input, whole[0].weight)
+            x = aligned_input(entered, whole[0].weight)
         kept = _forward(x, whole, save=True)
         ctx.layers, ctx.entrance = layers, entrance
         output = kept[-1].postact
@@ -199,13 +209,14 @@ class LinearFunction(Function):
         kept[-1] = kept[-1]._replace(postact=None)
         if recompute:
             kept = [_without_recomputable(layer, each) for layer, each in zip(layers, kept, strict=True)]
-        ctx.save_for_backward(input, None if x is input else x, *params, *(t for each in kept for t in each))
+        copy = x if entered is input and x is not input else None
+        ctx.save_for_backward(input, copy, *params, *(t for each in kept for t in each))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.layers) * len(Params._fields)
-        input, x, *rest = ctx.saved_tensors
+        input, copy, *rest = ctx.saved_tensors
         params, kept = rest[:count], _grouped(Kept, rest[count:])
         layers = [layer.with_params(each) for layer, each in zip(ctx.layers, _grouped(Params, params), strict=True)]
         input_needs, _, _, _, *needs = ctx.needs_input_grad
@@ -218,15 +229,20 @@ class LinearFunction(Function):
                 lambda x, *leaves: _chain_by_torch(enter(x), ctx.layers, _grouped(Params, leaves), kept),
             )
         else:
-            entrance = ctx.entrance if input_needs else None
-            backward = _Backward(input if x is None else x, layers, kept, _grouped(Params, needs), entrance)
+            x = input if copy is None else copy
+            backward = _Backward(x, layers, kept, _grouped(Params, needs), ctx.entrance)
             input_grad, found = backward.run(grad_output, input_needs)
             grads = [grad for each in found for grad in each]
         return input_grad, None, None, None, *grads
 
 
 class _Backward(NamedTuple):
-    """The backward pass of a chain by the kernels. `needs` tells for each parameter whether it needs a gradient."""
+    """The backward pass of a chain by the kernels.
+
+    Attributes:
+        input: the input, before the entrance.
+        needs: whether each parameter needs a gradient.
+    """
 
     input: Tensor
     layers: Sequence[Layer]
@@ -242,23 +258,29 @@ class _Backward(NamedTuple):
         found = _backward_top(self.layers[-1], self.kept[-1], grad_output)
         input_grad = finish = None
         for number in range(len(self.layers) - 1, lowest - 1, -1):
+            if number:
+                x = _output(self.layers[number - 1], self.kept[number - 1]) if self.needs[number].weight else None
+            else:
+                x = self._entered() if self.needs[0].weight else None
             if number == 0 and input_needs:
                 # Compute this before the gradients of the parameters, so that the collective overlaps with them.
                 (input_grad,) = linear_dgrad(found.dz, self.layers[0].weight)
                 finish = self.entrance.start(input_grad) if self.entrance else None
-            grads[number] = self._parameter_grads(number, found, unreduced)
+            grads[number] = self._parameter_grads(number, found, x, unreduced)
             if number > lowest:
                 below = number - 1
                 found = _backward_below(found.dz, self.layers[number].weight, self.layers[below], self.kept[below])
         reduce_splits(unreduced)
         return finish() if finish else input_grad, grads
 
-    def _parameter_grads(self, number: int, found: Grads, unreduced: "list[Unreduced]") -> Params:
+    def _entered(self) -> Tensor:
+        return self.entrance.enter(self.input) if self.entrance else self.input
+
+    def _parameter_grads(self, number: int, found: Grads, x: Tensor | None, unreduced: "list[Unreduced]") -> Params:
+        """The gradients of the parameters of a layer; x: its input, if the weight needs a gradient."""
         need = self.needs[number]
         dw = db = None
         if need.weight:
-            below = number - 1
-            x = _output(self.layers[below], self.kept[below]) if number else self.input
             if torch.compiler.is_compiling():
                 dw, *rest = linear_wgrad(found.dz, x, need.bias)
             else:
@@ -299,6 +321,6 @@ def run_chain(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *params)):
         bare = tuple(layer.with_params(Params()) for layer in layers)
         return LinearFunction.apply(input, bare, recompute, entrance, *params)
-    output = _forward(input, layers, save=False)[-1].postact
+    output = _forward(entrance.enter(input) if entrance else input, layers, save=False)[-1].postact
     assert output is not None
     return output

@@ -82,13 +82,14 @@ def check_layer_tensors(input: Any, layers: Sequence[Layer]) -> None:
             check_is_tensor("bias", layer.bias)
 
 
-def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
+def check_layers(input: Tensor, layers: Sequence[Layer], scale: int = 1) -> None:
     """Raise an error if layers cannot be applied to the input one after the other.
 
     Args:
         input: (*, in_features) of the first layer.
         layers: each with a weight (out_features, in_features) and a bias (out_features,) or None, all of input's
             floating dtype and device.
+        scale: number of rows that the layers get for each row of the input.
 
     Raises:
         TypeError: a wrong dtype.
@@ -118,7 +119,7 @@ def check_layers(input: Tensor, layers: Sequence[Layer]) -> None:
             check_device(name, parameter, input)
         features = weight.shape[0]
         if layer.norm is not None:
-            check_norm_parameters(layer.norm, features, input.shape[0], input)
+            check_norm_parameters(layer.norm, features, input.shape[0] * scale, input)
 
 
 def check_norm(input: Any, norm: Norm | None, activation: str | None) -> None:

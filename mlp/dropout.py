@@ -44,6 +44,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
     """Dropout with 0 < p <= 1. `columns` are those that the input holds, if it is a part of a larger matrix."""
+    if p < 1 and no_columns(input, columns):
+        return input
     if launch.explain(input, product=False).backend == "torch":
         return reference.dropout(input, p, columns)
     if p == 1:
@@ -51,6 +53,17 @@ def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
     (seed,) = draw_seeds(1, input.device)
     rows = input.reshape(-1, input.shape[-1] if input.dim() > 1 else input.numel())
     return DropoutFunction.apply(rows, seed, p, columns.first if columns else 0).view(input.shape)
+
+
+def no_columns(input: Tensor, columns: Columns | None) -> bool:
+    """Whether this rank has none of the columns of which others drop elements by the kernels.
+
+    A seed is then drawn as on the other ranks, so that their generators stay equal.
+    """
+    if columns is None or input.numel() or launch.explain(input.new_empty(1), product=False).backend == "torch":
+        return False
+    draw_seeds(1, input.device)
+    return True
 
 
 class DropoutFunction(Function):

@@ -34,7 +34,8 @@ def linear_chain(
             of the parameters' gradients.
 
     Returns:
-        (*, out_features) of the last layer, of input's dtype or that of torch.autocast.
+        (*, out_features) of the last layer, of input's dtype or that of torch.autocast. An entrance may change the
+        first size.
 
     Raises:
         ValueError: a wrong shape, device or activation name.
@@ -47,7 +48,8 @@ def linear_chain(
             each._replace(weight=autocast(each.weight), bias=None if each.bias is None else autocast(each.bias))
             for each in layers
         ]
-    check_layers(input, layers)
+    scale = entrance.scale if entrance else 1
+    check_layers(input, layers, scale)
     params = [t for layer in layers for t in (layer.weight, layer.bias)]
     if launch.explain(input, *params).backend == "torch":
         return _chain_by_torch(input, layers, entrance)
@@ -57,7 +59,9 @@ def linear_chain(
         output = _pass_by_pass(entrance(rows) if entrance else rows, layers)
     else:
         output = run_chain(rows, layers, recompute, entrance)
-    return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
+    if input.dim() == 2:
+        return output
+    return output.view(input.shape[0] * scale, *input.shape[1:-1], -1) if input.dim() > 2 else output.view(-1)
 
 
 def _pass_by_pass(rows: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -95,7 +99,7 @@ class EnteringLinearFunction(Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, entrance: Entrance) -> Tensor:
         ctx.save_for_backward(input, weight, bias)
         ctx.entrance = entrance
-        return torch.nn.functional.linear(input, weight, bias)
+        return torch.nn.functional.linear(entrance.enter(input), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,9 +113,10 @@ class EnteringLinearFunction(Function):
                 lambda x, *params: torch.nn.functional.linear(ctx.entrance(x), *params),
             )
             return *found, None
+        x = ctx.entrance.enter(input) if weight_needs else None
         finish = ctx.entrance.start(grad_output @ weight) if input_needs else None
-        dz, x = (torch.atleast_2d(t).flatten(0, -2) for t in (grad_output, input))
-        dw = dz.t() @ x if weight_needs else None
+        dz = torch.atleast_2d(grad_output).flatten(0, -2)
+        dw = None if x is None else dz.t() @ torch.atleast_2d(x).flatten(0, -2)
         db = dz.sum(0) if bias_needs else None
         return finish() if finish else None, dw, db, None
 

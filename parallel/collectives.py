@@ -7,6 +7,7 @@
     split_columns       slice               all-gather          input that is not split yet
     gather_rows         all-gather          reduce-scatter      input of a sequence-parallel column layer
     scatter_rows        reduce-scatter      all-gather          output of a sequence-parallel row layer
+    GatherRows          as gather_rows      as gather_rows      the same as an entrance of a layer
 
 Every collective enters its kind and the bytes of the whole tensor into the open ledgers. In a ring of t ranks each rank
 sends (t - 1) / t of these bytes in an all-gather or reduce-scatter, and twice as many in an all-reduce.
@@ -170,15 +171,15 @@ def all_gather(t: Tensor, ranks: Ranks, dim: int, n: int) -> Tensor:
     return whole if dim == 0 and n == len(whole) else whole[:n].movedim(0, dim).contiguous()
 
 
-def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
-    """Sum a tensor over the ranks and return this rank's rows of the sum.
+def start_reduce_scatter(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
+    """Start to sum a tensor over the ranks, of which each rank gets its rows.
 
     Args:
         t: Tensor (rows, *) of the same shape and dtype on every rank.
         ranks: The ranks.
 
     Returns:
-        (rows / size, *).
+        A function that waits for the sum and returns this rank's rows, (rows / size, *).
 
     Raises:
         ValueError: If the number of rows is not a multiple of the number of ranks.
@@ -189,10 +190,21 @@ def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
         )
     _report("reduce_scatter", t.nbytes)
     if torch.compiler.is_compiling():
-        return _functional_reduce_scatter(t.contiguous(), "sum", 0, ranks.group)
+        total = _functional_reduce_scatter(t.contiguous(), "sum", 0, ranks.group)
+        return lambda: total
     part = t.new_empty(len(t) // ranks.size, *t.shape[1:])
-    _reduce_scatter(part, t.contiguous(), group=ranks.group)
-    return part
+    work: Any = _reduce_scatter(part, t.contiguous(), group=ranks.group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return part
+
+    return finish
+
+
+def reduce_scatter(t: Tensor, ranks: Ranks) -> Tensor:
+    """`start_reduce_scatter`, and wait."""
+    return start_reduce_scatter(t, ranks)()
 
 
 class _CopyToRanks(Function):
@@ -215,6 +227,19 @@ class _ReduceFromRanks(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _CopyToRanks.apply(grad_output, ctx.ranks), None
+
+
+class _OnlyOnTheFirst(Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, ranks: Ranks, same_bits: bool) -> Tensor:
+        ctx.ranks, ctx.same_bits = ranks, same_bits
+        return torch.zeros_like(t) if ranks.rank else t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.same_bits:
+            return grad_output, None, None
+        return _ReduceFromRanks.apply(grad_output * (ctx.ranks.rank == 0), ctx.ranks), None, None
 
 
 class _GatherColumns(Function):
@@ -267,6 +292,8 @@ class CopyToRanks:
     Use it for an input that is the same on every rank, if each rank computes only a part of the output from it.
     """
 
+    scale = 1
+
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
@@ -274,9 +301,51 @@ class CopyToRanks:
         """Return the input; its gradient is summed over the ranks by autograd."""
         return _CopyToRanks.apply(input, self.ranks)
 
+    def enter(self, input: Tensor) -> Tensor:
+        """Return the input, outside autograd."""
+        return input
+
     def start(self, grad: Tensor) -> Callable[[], Tensor]:
         """Start to sum a gradient over the ranks, outside autograd. See `start_all_reduce`."""
         return start_all_reduce(grad, self.ranks)
+
+
+class GatherRows:
+    """Gathers the rows of all ranks. In the backward pass the gradient is summed over the ranks and split by rows.
+
+    A layer that gets it as its entrance keeps this rank's rows for backward and gathers again there.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.scale = ranks.size
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Gather this rank's rows (part, *), differentiably."""
+        return gather_rows(input, self.ranks, len(input) * self.scale)
+
+    def enter(self, input: Tensor) -> Tensor:
+        """Gather this rank's rows (part, *), outside autograd."""
+        return all_gather(input, self.ranks, 0, len(input) * self.scale)
+
+    def start(self, grad: Tensor) -> Callable[[], Tensor]:
+        """Start to sum a gradient over the ranks and split it by rows, outside autograd."""
+        return start_reduce_scatter(grad, self.ranks)
+
+
+def only_on_the_first(t: Tensor | None, ranks: Ranks, same_bits: bool) -> Tensor | None:
+    """t on the first rank, zeros on the others. None stays None.
+
+    Use it for a term of a sum over the ranks that is the same on every rank. The gradient of the sum is then the same
+    on every rank as well.
+
+    Args:
+        t: The term.
+        ranks: The ranks.
+        same_bits: Whether all ranks compute the term's gradient by the same code, so that it is equal bit for bit.
+            Otherwise all ranks take that of the first, and their terms do not drift apart.
+    """
+    return None if t is None else _OnlyOnTheFirst.apply(t, ranks, same_bits)
 
 
 def reduce_from_ranks(y: Tensor, ranks: Ranks) -> Tensor:

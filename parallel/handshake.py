@@ -6,8 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .collectives import Ranks
+
+# Elements that are copied to the host at once for their digest.
+CHUNK = 2**22
 
 
 def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
@@ -52,11 +56,19 @@ def random_state(device_type: str) -> str:
 
 
 def shapes(module: nn.Module) -> list[tuple[Any, ...]]:
-    """The name, shape and dtype of every parameter and buffer of a module."""
-    held = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, tuple(t.shape), t.dtype) for name, t in held]
+    """The name, shape and dtype of every parameter and buffer of a module, and whether it needs a gradient."""
+    return [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in _tensors(module)]
 
 
-def values(module: nn.Module) -> list[float]:
-    """The sum of the elements of each parameter, computed in float64."""
-    return [float(parameter.detach().double().sum()) for parameter in module.parameters()]
+def values(module: nn.Module) -> str:
+    """A digest of the bytes of every parameter and buffer. Those on the meta device have none."""
+    digest = hashlib.blake2b(digest_size=16)
+    for _, t in _tensors(module):
+        if not t.is_meta:
+            for part in (t.to_local() if isinstance(t, DTensor) else t).detach().reshape(-1).split(CHUNK):
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..mlp import reference
 from ..mlp.check import check_activation
@@ -21,7 +21,16 @@ from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
 from ..mlp.modules import Linear
 from ..mlp.reference import Activation
-from .collectives import CopyToRanks, Ranks, gather_columns, gather_rows, reduce_from_ranks, scatter_rows, split_columns
+from .collectives import (
+    CopyToRanks,
+    GatherRows,
+    Ranks,
+    gather_columns,
+    only_on_the_first,
+    reduce_from_ranks,
+    scatter_rows,
+    split_columns,
+)
 from .handshake import check_alike, random_state, shapes, values
 
 
@@ -77,16 +86,9 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
         module.register_buffer(name, sharded)
 
 
-def local(parameter: Tensor | None, gradient: Placement | None = None) -> Any:
-    """This rank's part of a parameter.
-
-    Args:
-        parameter: A DTensor; other tensors and None are returned unchanged.
-        gradient: How the gradients of the ranks combine; None if they are split as the parameter is.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.to_local(grad_placements=None if gradient is None else [gradient])
+def local(parameter: Tensor | None) -> Any:
+    """This rank's part of a parameter, which is a DTensor; other tensors and None are returned unchanged."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class ParallelLinear(Linear):
@@ -110,7 +112,8 @@ class ParallelLinear(Linear):
     def agree(self, mesh: DeviceMesh) -> None:
         """Raise ValueError if layers, weights or random generators differ between ranks."""
         kind = mesh.device_type
-        check_alike(Ranks.of(mesh), kind, layer=(type(self), shapes(self)), seed=(values(self), random_state(kind)))
+        layer = type(self), shapes(self)
+        check_alike(Ranks.of(mesh), kind, layer=layer, values=values(self), seed=random_state(kind))
 
     def _repr(self, split: str, *options: str) -> str:
         sizes = {"out_features": self.out_features, "in_features": self.in_features}
@@ -177,17 +180,15 @@ class ColumnParallelLinear(ParallelLinear):
         shard_parameter(self, "bias", mesh, Shard(0))
 
     @property
-    def entrance(self) -> CopyToRanks | None:
-        """The collective that sums the input's gradient; None if `gather_rows` does that."""
-        return None if self.sequence_parallel else CopyToRanks(self.ranks)
+    def entrance(self) -> CopyToRanks | GatherRows:
+        """The collective that is applied to the input."""
+        return GatherRows(self.ranks) if self.sequence_parallel else CopyToRanks(self.ranks)
 
     def layer(self) -> Layer:
         """This rank's part of the layer."""
         return Layer(local(self.weight), local(self.bias), self.activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            input = gather_rows(input, self.ranks, len(input) * self.ranks.size)
         output = linear_chain(input, [self.layer()], entrance=self.entrance)
         return gather_columns(output, self.ranks, self.out_features) if self.gather_output else output
 
@@ -251,11 +252,13 @@ class RowParallelLinear(ParallelLinear):
         shard_parameter(self, "bias", mesh, Replicate())
 
     def layer(self) -> Layer:
-        """This rank's product, without bias and activation."""
-        return Layer(local(self.weight))
+        """This rank's product, without the activation. The first rank's has the bias."""
+        # Parts of unequal width are multiplied in other tiles.
+        same_bits = self.in_features % self.ranks.size == 0
+        return Layer(local(self.weight), only_on_the_first(local(self.bias), self.ranks, same_bits))
 
     def add_up(self, product: Tensor) -> Tensor:
-        """Sum the products of the ranks and add the bias.
+        """Sum the products of the ranks.
 
         Args:
             product: (*, out_features), this rank's product.
@@ -263,12 +266,7 @@ class RowParallelLinear(ParallelLinear):
         Returns:
             (*, out_features), the same on every rank; with sequence_parallel, this rank's rows of it.
         """
-        if self.sequence_parallel:
-            output, gradient = scatter_rows(product, self.ranks), Partial()
-        else:
-            output, gradient = reduce_from_ranks(product, self.ranks), Replicate()
-        bias = local(self.bias, gradient)
-        return output if bias is None else output + bias.to(output.dtype)
+        return scatter_rows(product, self.ranks) if self.sequence_parallel else reduce_from_ranks(product, self.ranks)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.input_is_parallel:
@@ -281,17 +279,25 @@ class RowParallelLinear(ParallelLinear):
 
 
 class ReplicatedLinear(ParallelLinear):
-    """A linear layer that every rank computes as a whole. Its parameters are replicated DTensors."""
+    """A linear layer that every rank computes as a whole. Its parameters are replicated DTensors.
 
-    def shard(self, mesh: DeviceMesh, activation: str | None = None) -> None:
+    With sequence_parallel, its input is this rank's rows of the batch.
+    """
+
+    def shard(self, mesh: DeviceMesh, activation: str | None = None, sequence_parallel: bool = False) -> None:
         """Replace weight and bias by replicated DTensors."""
-        self.cut(mesh, activation, sequence_parallel=False)
+        self.cut(mesh, activation, sequence_parallel)
         for name in ("weight", "bias"):
             shard_parameter(self, name, mesh, Replicate())
 
     def layer(self) -> Layer:
         """The whole layer."""
-        return Layer(local(self.weight), local(self.bias), self.activation)
+        return Layer(self._replicated(self.weight), self._replicated(self.bias), self.activation)
+
+    def _replicated(self, parameter: Tensor | None) -> Any:
+        """A parameter, whose gradients from this rank's rows are summed over the ranks."""
+        here = local(parameter)
+        return CopyToRanks(self.ranks)(here) if self.sequence_parallel and here is not None else here
 
     def forward(self, input: Tensor) -> Tensor:
         return linear_chain(input, [self.layer()])

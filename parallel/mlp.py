@@ -13,10 +13,10 @@ from ..mlp.model import MLP
 from ..mlp.modules import Dropout
 from ..mlp.sequential import FORWARDS, activation_name, is_plain
 from .channels import ParallelBatchNorm1d, ParallelDropout
-from .collectives import Ranks, gather_rows
+from .collectives import Ranks
 from .handshake import check_alike, random_state, shapes, values
 from .linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear
-from .plan import Plan, apply_plan, auto_plan, resolve
+from .plan import Plan, apply_plan, auto_plan, check_not_sharded, resolve
 
 PARALLEL_FORWARDS = FORWARDS | {
     kind: kind.forward
@@ -89,8 +89,6 @@ def run_sharded(modules: Sequence[nn.Module], input: Tensor, recompute: bool = F
             input = _follow(linear(input), tail)
             continue
         entrance = linear.entrance
-        if linear.sequence_parallel:
-            input = gather_rows(input, linear.ranks, len(input) * linear.ranks.size)
         cut = linear.layer()
         layers = [tail._replace(weight=cut.weight, bias=cut.bias)]
         after = block_at(modules, position, input.dim())
@@ -153,20 +151,22 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan = "auto", *, unev
         The model.
 
     Raises:
-        ValueError: If models, plans, values or random generators differ between ranks, if a name matches no module, if
-            a size is not a multiple of the number of ranks, or if the plan is not consistent. The model is then
-            unchanged.
+        ValueError: If models, plans, values or random generators differ between ranks, if the model is sharded already
+            or its modules share parameters, if a name matches no module, if a size is not a multiple of the number of
+            ranks, or if the plan is not consistent. The model is then unchanged.
         TypeError: If a module has other parameters than expected. The model is then unchanged.
     """
     ranks = Ranks.of(mesh)
+    check_not_sharded(model)
     check_alike(
         ranks,
         mesh.device_type,
         model=(repr(model), shapes(model)),
         plan=(repr(plan), uneven),
-        seed=(values(model), random_state(mesh.device_type)),
+        values=values(model),
+        seed=random_state(mesh.device_type),
     )
-    styles = auto_plan(model, uneven) if plan == "auto" else resolve(model, plan)
+    styles = auto_plan(model, ranks, uneven) if plan == "auto" else resolve(model, plan)
     apply_plan(model, mesh, styles)
     if type(model) is MLP:
         model.__class__ = ParallelMLP

@@ -101,7 +101,7 @@ def test_what_it_cannot_use_is_one_line(options, message, tmp_path, monkeypatch,
 
 
 def refuse_to_build(shape, folder, message):
-    options = parse_options(OPTIONS)
+    options = parse_options([*OPTIONS, "--hidden", "15", "8", "6"])
     data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp", "tp"))
     with pytest.raises(ValueError, match="^" + re.escape(message)):
@@ -109,8 +109,8 @@ def refuse_to_build(shape, folder, message):
 
 
 UNFIT = {
-    "width": ((1, 1, 2), "out_features of '6': 3 does not divide by 2 ranks; the nearest that do are 2 and 4 "),
-    "stages": ((4, 1, 1), "argument --pp: 4; at most 3 stages are allowed, one for each linear layer"),
+    "width": ((1, 1, 2), "out_features of '0': 15 does not divide by 2 ranks; the nearest that do are 14 and 16 "),
+    "stages": ((5, 1, 1), "argument --pp: 5; at most 4 stages are allowed, one for each linear layer"),
 }
 
 

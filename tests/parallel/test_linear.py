@@ -85,7 +85,11 @@ X, Y = 4 * ROWS * IN, 4 * ROWS * OUT
 EXPECTED = {
     "column": ([], [Collective("all_reduce", X)]),
     "column, gathered": ([Collective("all_gather", Y)], [Collective("all_reduce", X)]),
-    "column, sequence": ([Collective("all_gather", X), Collective("all_gather", Y)], [Collective("reduce_scatter", X)]),
+    # This rank's rows are kept, and gathered again for the weight's gradient.
+    "column, sequence": (
+        [Collective("all_gather", X), Collective("all_gather", Y)],
+        [Collective("all_gather", X), Collective("reduce_scatter", X)],
+    ),
     "row": ([Collective("all_reduce", Y)], []),
     "row, whole input": ([Collective("all_reduce", Y)], [Collective("all_gather", X)]),
     "row, sequence": ([Collective("reduce_scatter", Y)], [Collective("all_gather", Y)]),

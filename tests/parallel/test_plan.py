@@ -130,8 +130,26 @@ REFUSED = {
         TypeError,
         "module '1' is a LayerNorm with parameters; allowed",
     ),
+    "tied": (
+        "tied",
+        "auto",
+        ValueError,
+        "model: '0.weight' and '2.weight' are the same parameter; tied ones cannot be split",
+    ),
+    "twice": ("twice", "auto", ValueError, "model: '0' and '2' are the same module; use a copy for one of them"),
     "nothing to cut": (nn.Identity, "auto", ValueError, "plan: 'auto' needs a Sequential"),
 }
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def twice():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.ReLU(), layer)
 
 
 def refuse(case):
@@ -140,6 +158,8 @@ def refuse(case):
         MLP: lambda: MLP(4, [9], 2),
         nn.LayerNorm: lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)),
         nn.Identity: nn.Identity,
+        "tied": tied,
+        "twice": twice,
     }[kind]()
     with pytest.raises(error, match=message.replace("*", r"\*")):
         parallelize(model, everyone(), plan)
@@ -151,23 +171,53 @@ def test_refused_before_anything_is_cut(case):
     on_ranks(2, refuse, case)
 
 
+def refuse_a_sharded_model():
+    model = ParallelMLP(4, [8], 2, mesh=everyone())
+    with pytest.raises(ValueError, match="model: module '0' is a ColumnParallelLinear: the model is sharded already"):
+        parallelize(model, everyone())
+
+
+def test_a_sharded_model_is_refused():
+    on_ranks(2, refuse_a_sharded_model)
+
+
+def lone_heads(out_features, uneven, world):
+    model = parallelize(MLP(4, [16, 12], out_features), everyone(), uneven=uneven)
+    is_cut = isinstance(model[-1], ColumnParallelLinear)
+    assert is_cut == (out_features >= world if uneven else out_features % world == 0)
+    assert model(torch.randn(3, 4)).shape == (3, out_features)
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("out_features", [1, 3, 4, 6])
+def test_a_lone_head_that_the_ranks_cannot_share_stays_whole(out_features, uneven):
+    on_ranks(4, lone_heads, out_features, uneven, 4)
+
+
 def differ(what):
     rank = torch.distributed.get_rank()
     if what == "seed":
         torch.manual_seed(rank)
     hidden = [8 + 2 * rank if what == "shape" else 8]
     dtype = torch.float64 if what == "dtype" and rank else torch.float32
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()} if what == "plan" and rank else "auto"
-    model = MLP(4, hidden, 2, dtype=dtype)
-    if what == "values" and rank:
-        with torch.no_grad():
+    plan = {"0": ColwiseParallel(), "3": RowwiseParallel()} if what == "plan" and rank else "auto"
+    model = MLP(4, hidden, 2, batch_norm=True, dtype=dtype)
+    with torch.no_grad():
+        if what == "values" and rank:
             model[0].weight += 1
-    name = {"seed": "seed", "values": "seed", "plan": "plan"}.get(what, "model")
+        if what == "order" and rank:
+            model[0].weight.copy_(model[0].weight.flip(0))
+        if what == "buffers" and rank:
+            model[1].running_mean += 1
+        if what == "frozen" and rank:
+            model[0].weight.requires_grad_(False)
+    name = {"seed": "seed", "plan": "plan"} | dict.fromkeys(("values", "order", "buffers"), "values")
+    name = name.get(what, "model")
     with pytest.raises(ValueError, match=f"{name}: rank 1 differs from rank 0"):
         parallelize(model, everyone(), plan)
 
 
-@pytest.mark.parametrize("what", ["seed", "values", "shape", "dtype", "plan"])
+@pytest.mark.parametrize("what", ["seed", "values", "order", "buffers", "frozen", "shape", "dtype", "plan"])
 def test_ranks_that_differ_are_refused(what):
     on_ranks(2, differ, what)
 
