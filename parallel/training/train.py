@@ -10,6 +10,7 @@ process: it computes its statistics for each part.
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
@@ -74,7 +76,11 @@ class ParallelTraining(Training):
         self.mesh, self.uneven, self.schedule = mesh, uneven, SCHEDULES[schedule]
         self.dp_rank, self.dp_size = mesh["dp"].get_local_rank(), mesh["dp"].size()
         self.stage, self.stages = mesh["pp"].get_local_rank(), mesh["pp"].size()
+        self._schedules: dict[Any, Any] = {}
         super().__init__(options, data, folder)
+        # If gradients overflow on one rank, all skip the step. A stage without a loss scales nothing, but unscales.
+        self.scaler = ShardedGradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.scale(torch.zeros((), device=self.device))
         # Ranks with other rows or other layers draw other dropout masks. Tensor-parallel ranks share a seed. The seed
         # of index 0 is that of a run on one process.
         self.draws = self.dp_rank + self.dp_size * self.stage
@@ -84,7 +90,11 @@ class ParallelTraining(Training):
     def build(self) -> nn.Module:
         model = super().build()
         if self.stages > 1:
-            keep_stage(model, self.stage, self.stages)
+            bounds = stage_bounds(model, self.stages)
+            self.ends = self.activations_at(bounds, model)[self.stage : self.stage + 2]
+            for position, name in enumerate(list(model._modules)):
+                if not bounds[self.stage] <= position < bounds[self.stage + 1]:
+                    del model._modules[name]
             # The pipeline schedule calls the model itself, so autocast must be part of forward.
             model.forward = self.autocast()(model.forward)
         if self.dp_size > 1:
@@ -94,6 +104,16 @@ class ParallelTraining(Training):
         if self.dp_size > 1:
             fully_shard(model, mesh=self.mesh["dp"])
         return model
+
+    @torch.no_grad()
+    def activations_at(self, positions: list[int], model: nn.Module) -> list[Tensor]:
+        """One row of the activations before the layers at these positions, and of the output."""
+        model.eval()
+        found = [self.train.x[:1]]
+        with self.autocast():
+            for first, last in pairwise(positions):
+                found.append(nn.Sequential(*list(model.children())[first:last])(found[-1]))
+        return found
 
     def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
         """Accumulate the gradient of one micro-batch, of which this rank computes its data-parallel share.
@@ -126,7 +146,6 @@ class ParallelTraining(Training):
         Returns:
             The summed loss of these rows, divided by `count`: a scalar, the same on every stage.
         """
-        losses: list[Tensor] = []
         parts = PARTS_PER_STAGE * self.stages
         # All parts must have the same number of rows. Repeated rows fill the last parts; the loss leaves them out.
         place = torch.arange(math.ceil(len(x) / parts) * parts, device=x.device)
@@ -135,44 +154,62 @@ class ParallelTraining(Training):
         # Class indices of repeated rows become IGNORED; regression targets get a column that is 0 for repeated rows.
         target = y[filled].where(counts, IGNORED) if y.dim() == 1 else torch.cat([y[filled], counts[:, None]], 1)
 
-        def loss_of_part(output: Tensor, target: Tensor) -> Tensor:
-            if target.dim() > 1:
-                counts = target[:, -1:]
-                output, target = output * counts, target[:, :-1] * counts
-            # fully_shard averages gradients over the data-parallel ranks. Multiplying by dp_size makes that a sum.
-            return self.scaler.scale(self.loss.total(output, target) * self.dp_size / count)
-
-        self.pipeline(x[filled], target, parts, loss_of_part, losses)
+        losses: list[Tensor] = []
+        self._count = count
+        self.pipeline(x[filled], parts, target, losses)
         # Only the last stage has losses. The sum over the stages gives them to every stage.
         scaled = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
         loss = scaled / self.scaler.get_scale() / self.dp_size
         dist.all_reduce(loss, group=self.mesh["pp"].get_group())
         return loss
 
-    def pipeline(
-        self, x: Tensor, y: Tensor | None, parts: int, loss: Any = None, losses: list[Tensor] | None = None
-    ) -> Tensor | None:
-        """Run the forward pass through all pipeline stages and, if a loss is given, the backward pass.
+    def loss_of_part(self, output: Tensor, target: Tensor) -> Tensor:
+        """The scaled loss of one part of the rows of `pipelined_micro_batch`."""
+        if target.dim() > 1:
+            counts = target[:, -1:]
+            output, target = output * counts, target[:, :-1] * counts
+        # fully_shard averages gradients over the data-parallel ranks. Multiplying by dp_size makes that a sum.
+        return self.scaler.scale(self.loss.total(output, target) * self.dp_size / self._count)
 
-        A PipelineStage is bound to the shapes of its first batch, so every call makes a new one.
+    def pipeline(
+        self, x: Tensor, parts: int, y: Tensor | None = None, losses: list[Tensor] | None = None
+    ) -> Tensor | None:
+        """Run the forward pass through all pipeline stages and, if targets are given, the backward pass.
 
         Args:
             x: Inputs (rows, in_features). Only the first stage reads them.
-            y: Targets of these rows. Only the last stage reads them. None without a loss.
             parts: Number of equal parts that the rows are split into.
-            loss: loss(output, target) returns the loss of one part, a scalar. None for the forward pass only.
+            y: Targets of these rows. Only the last stage reads them.
             losses: List that the last stage appends the loss of every part to.
 
         Returns:
             The output (rows, outputs) on the last stage, None on the others.
         """
-        stage = PipelineStage(self.model, self.stage, self.stages, self.device, group=self.mesh["pp"].get_group())
-        first, last = self.stage == 0, self.stage == self.stages - 1
-        inputs = (x,) if first else ()
-        if loss is None:
-            return ScheduleGPipe(stage, parts).eval(*inputs)
-        schedule = self.schedule(stage, parts, loss_fn=loss, scale_grads=False)
-        return schedule.step(*inputs, **({"target": y, "losses": losses} if last else {}))
+        schedule = self.schedule_for(len(x) // parts, parts, training=y is not None)
+        inputs = (x,) if self.stage == 0 else ()
+        if y is None:
+            return schedule.eval(*inputs)
+        return schedule.step(*inputs, **({"target": y, "losses": losses} if self.stage == self.stages - 1 else {}))
+
+    def schedule_for(self, rows: int, parts: int, training: bool) -> Any:
+        """The schedule for parts of so many rows. It is made once.
+
+        A PipelineStage is bound to shapes. They are given to it, since it would otherwise find them out by running the
+        stage on memory that is not initialised, and batch norm would average what is there.
+        """
+        key = rows, parts, training
+        if key not in self._schedules:
+            before, after = (end.new_empty(rows, *end.shape[1:]) for end in self.ends)
+            before.requires_grad_(training and self.stage > 0)
+            after.requires_grad_(training)
+            group = self.mesh["pp"].get_group()
+            stage = PipelineStage(self.model, self.stage, self.stages, self.device, before, after, group=group)
+            self._schedules[key] = (
+                self.schedule(stage, parts, loss_fn=self.loss_of_part, scale_grads=False)
+                if training
+                else ScheduleGPipe(stage, parts)
+            )
+        return self._schedules[key]
 
     def predict(self, x: Tensor) -> Tensor:
         if self.stages == 1:
@@ -182,7 +219,7 @@ class ParallelTraining(Training):
         for rows in x.split(PREDICT_ROWS):
             output = torch.empty(len(rows), len(self.data.labels), device=self.device)
             with torch.no_grad():
-                found = self.pipeline(rows, None, 1)
+                found = self.pipeline(rows, 1)
             if found is not None:
                 output = found.float()
             group = self.mesh["pp"].get_group()
@@ -284,12 +321,11 @@ class ParallelTraining(Training):
         self.history = progress["history"]
 
 
-def keep_stage(model: nn.Module, stage: int, stages: int) -> None:
-    """Remove all layers of a model except those of one pipeline stage, in place. The layers keep their names.
+def stage_bounds(model: nn.Module, stages: int) -> list[int]:
+    """The position of the first layer of each pipeline stage, and the number of layers.
 
     Args:
         model: A chain of layers. A linear layer and the layers up to the next one stay together.
-        stage: Index of the stage to keep.
         stages: Number of stages. Their numbers of linear layers differ by at most one.
 
     Raises:
@@ -300,10 +336,7 @@ def keep_stage(model: nn.Module, stage: int, stages: int) -> None:
         raise InputError(
             f"argument --pp: {stages}; at most {len(starts)} stages are allowed, one for each linear layer"
         )
-    bounds = [0, *(starts[len(starts) * i // stages] for i in range(1, stages)), len(model._modules)]
-    for i, name in enumerate(list(model._modules)):
-        if not bounds[stage] <= i < bounds[stage + 1]:
-            del model._modules[name]
+    return [0, *(starts[len(starts) * i // stages] for i in range(1, stages)), len(model._modules)]
 
 
 def last_checkpoint(folder: Path) -> Path:

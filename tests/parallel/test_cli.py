@@ -1,5 +1,6 @@
 """`torchrun -m fusemlp.parallel`: the run of one process, on several; and what becomes of it when a rank dies."""
 
+import dataclasses
 import json
 import math
 import os
@@ -98,6 +99,34 @@ def test_what_it_cannot_use_is_one_line(options, message, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def train_in_stages(options, amp, scale, folder):
+    options = parse_options([*OPTIONS, "--dropout", "0", *options])
+    options = dataclasses.replace(options, amp=amp)
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    mesh = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("pp", "dp", "tp"))
+    training = ParallelTraining(options, data, Path(folder), mesh)
+    if scale is not None:
+        training.scaler.update(scale)
+    training.fit(lambda _: None)
+    averages = [t for t in training.model.buffers() if t.is_floating_point()]
+    assert all(t.isfinite().all() for t in averages)
+    return [row["val_loss"] for row in training.history], training.scaler.get_scale()
+
+
+def test_batch_norm_in_a_pipeline(tmp_path):
+    (first, _), (second, _) = on_ranks(2, train_in_stages, NORMALISED, "none", None, str(tmp_path))
+    assert first == second
+    assert first[-1] < first[0] < 2
+
+
+def test_fp16_in_a_pipeline_skips_a_step_that_overflows_on_all_stages(tmp_path):
+    (first, scale), (second, other_scale) = on_ranks(2, train_in_stages, [], "fp16", 2.0**30, str(tmp_path))
+    assert scale == other_scale
+    assert scale < 2.0**30
+    assert first == second
+    assert first[-1] < first[0] < 2
 
 
 def refuse_to_build(shape, folder, message):
