@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..kernels import launch
 from ..mlp.autocast import autocasts
 from ..mlp.autograd import Function
-from ..mlp.check import check_indices, check_loss
+from ..mlp.check import check_indices, check_is_tensor, check_loss
 from ..mlp.cross_entropy import per_row
 from ..mlp.loss_options import LossOptions
 from ..mlp.second_order import differentiable_grads
@@ -93,16 +93,18 @@ def vocab_parallel_cross_entropy(
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     seen = logits_shard if probabilities else logits_shard.new_empty(()).expand(N, total, *places)
     how = LossOptions(ignore_index, reduction, float(label_smoothing), autocasts(logits_shard))
-    check_loss(seen, target, None if probabilities else weight, how)
-    if weight is not None and weight.shape != (total,):
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
+    if weight is not None:
+        check_is_tensor("weight", weight)
+        if weight.shape != (total,):
+            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
+    check_loss(seen, target, weight[part] if probabilities and weight is not None else weight, how)
     S = math.prod(places)
     logits = logits_shard.reshape(N, C, S)
     target = target.reshape(N, C, S) if probabilities else target.reshape(N, S).long().contiguous()
     weight = None if weight is None else weight.contiguous()
     shard = Shard(ranks, part.start, total)
     if launch.explain(logits, target, weight, product=False).backend == "torch" or target.requires_grad:
-        if not probabilities and logits.device.type == "cpu":
+        if not probabilities and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             check_indices(target, ignore_index, total)
         loss = by_torch(logits, target, weight, shard, how)
     else:
@@ -131,7 +133,7 @@ def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard
     b = (q * relative.where(q != 0, 0.0)).sum(1)
     # Gather in the layout of the kernels: a rank without classes runs this function while the others run kernels.
     mine = torch.stack([m, relative.exp().sum(1), b, q.sum(1)]).flatten(1)[..., None]
-    m, total, b, a = gather_columns(mine, shard.ranks, shard.ranks.size).view(4, *m.shape, -1)
+    m, total, b, a = gather_columns(mine, shard.ranks, shard.ranks.size).view(4, *m.shape, shard.ranks.size)
     m = m.detach()
     shift = (m - m.amax(-1, keepdim=True)).where(m != -torch.inf, 0.0)
     loss = a.sum(-1) * (total * shift.exp()).sum(-1).log() - (b + a * shift).sum(-1)  # [N, S]

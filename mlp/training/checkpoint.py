@@ -9,7 +9,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from .errors import InputError
+from .errors import CannotWrite, InputError
 
 FORMAT = "fusemlp.mlp 1"
 
@@ -24,6 +24,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Yields:
         The temporary file, open for writing bytes. If the `with` block raises, the file is deleted and `path` is left
         unchanged.
+
+    Raises:
+        CannotWrite: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -32,9 +35,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CannotWrite(f"{path} cannot be written: {error.strerror}") from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names of a folder's files to the disk. Windows does so by itself, and cannot open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
@@ -43,9 +59,15 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     Args:
         path: File to create or replace.
         contents: Tensors and plain data: numbers, strings, None, and lists, tuples and dicts of these.
+
+    Raises:
+        CannotWrite: The file cannot be written.
     """
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **contents}, file)
+        try:
+            torch.save({"format": FORMAT, **contents}, file)
+        except RuntimeError as error:  # of PyTorch's writer, which does not say what the system said
+            raise CannotWrite(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .data import load_data
-from .errors import Diverged, InputError
+from .errors import CannotWrite, Diverged, InputError
 from .options import PROG, configuration, parse_options
 from .report import CONFIG, metrics_table, prepare_folder, write_history, write_json, write_report
 from .train import HEADLINE, LAST, Training, make_model
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except (CannotWrite, Diverged) as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
 

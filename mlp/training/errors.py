@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class Diverged(RuntimeError):
     """The loss became infinite or NaN. The message names the step and the layer where this began."""
+
+
+class CannotWrite(RuntimeError):
+    """A file cannot be written, for example because the disk is full. The message names the file and the reason."""

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.table import Table
 
 from .checkpoint import atomic_write
-from .errors import InputError
+from .errors import CannotWrite, InputError
 from .metrics import evaluate
 from .plots import figures
 from .train import BEST, LAST, Training, load_best, predict
@@ -39,8 +39,9 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         with atomic_write(folder / "writable"):
             pass
         (folder / "writable").unlink()
-    except OSError as error:
-        raise InputError(f"argument --out: {folder} cannot be written: {error.strerror}") from None
+    except (CannotWrite, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"argument --out: {folder} cannot be written: {reason}") from None
     for path in earlier:
         path.unlink()
 

@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ...mlp.training.checkpoint import load_checkpoint
 from ...mlp.training.command import console, fit, introduce, verify
 from ...mlp.training.data import Data, load_data
-from ...mlp.training.errors import Diverged, InputError
-from ...mlp.training.options import Options, configuration, count, make_parser, parse_options
+from ...mlp.training.errors import CannotWrite, Diverged, InputError
+from ...mlp.training.options import Options, configuration, count, make_parser, parse_options, resolve_device
 from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
 from ...mlp.training.train import Training
 from ..collectives import Ranks
@@ -28,6 +29,8 @@ from .lost_ranks import enlist, lost_ranks
 from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
 
 PROG = "fusemlp.parallel"
+# Seconds that a rank waits for rank 0 to print an error.
+PATIENCE = 1
 
 
 def make_degrees_parser() -> ArgumentParser:
@@ -65,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(argv)
     except ValueError as error:
-        speak(f"{PROG}: error: {error}")
+        speak(f"error: {error}")
         return 2
-    except Diverged as error:
-        speak(f"{PROG}: stopped: {error}")
+    except (CannotWrite, Diverged) as error:
+        speak(f"stopped: {error}")
         return 1
     except RuntimeError as error:
         # torchrun sends SIGTERM to all ranks when one fails. Ignore it, so that this rank can report lost ranks first.
@@ -83,12 +86,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def speak(message: str) -> None:
-    """Print an error that occurs on every rank, once, on rank 0."""
+    """Print an error. If rank 0 has the same one, it prints it for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-    else:
-        # torchrun ends all ranks as soon as one exits, so the other ranks give rank 0 time to print.
-        time.sleep(1)
+        print(f"{PROG}: {message}", file=sys.stderr)
+        with suppress(LookupError, RuntimeError):  # no other rank can be asked
+            common_store().set("said", message)
+    # torchrun ends all ranks as soon as one exits, so the other ranks give rank 0 time to print.
+    elif said_by_rank_0() != message:
+        print(f"{PROG}: rank {os.environ['RANK']}: {message}", file=sys.stderr)
+
+
+def said_by_rank_0() -> str | None:
+    """The error that rank 0 prints within PATIENCE seconds; None if it prints none, or cannot be asked."""
+    deadline = time.monotonic() + PATIENCE
+    with suppress(LookupError, RuntimeError):
+        store = common_store()
+        while time.monotonic() < deadline:
+            if store.check(["said"]):
+                return store.get("said").decode()
+            time.sleep(0.02)
+    return None
+
+
+def common_store() -> dist.Store:
+    """The store of this start of torchrun. It exists before the process group does.
+
+    Raises:
+        LookupError, RuntimeError: There is none.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+    return dist.PrefixStore(f"errors of start {restarts()}", store)
 
 
 def make_mesh(degrees: Namespace, options: Options, data: Data, device_type: str) -> DeviceMesh:
@@ -137,9 +165,14 @@ def run(argv: Sequence[str]) -> int:
     if resuming:
         saved = load_checkpoint(last_checkpoint(Path(str(options.out))) / PROGRESS)
         options = parse_options(rest, saved["options"])
+    if options.device.startswith("cuda:"):
+        raise InputError(
+            f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
+            "cpu, cuda"
+        )
     torch.set_num_threads(options.threads or 1)
     data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    device_type = "cuda" if options.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    device_type = resolve_device(options.device).type
     mesh = make_mesh(degrees, options, data, device_type)
     folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
     training = ParallelTraining(options, data, folder, mesh, degrees.uneven, degrees.schedule_pp)

@@ -10,6 +10,7 @@ process: it computes its statistics for each part.
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,9 +35,11 @@ from torch.distributed.tensor import DTensor
 
 from ...mlp.training.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from ...mlp.training.data import Data
-from ...mlp.training.errors import Diverged, InputError
+from ...mlp.training.errors import CannotWrite, Diverged, InputError
 from ...mlp.training.options import Options, configuration
 from ...mlp.training.train import BEST, PREDICT_ROWS, Training
+from ..collectives import Ranks
+from ..handshake import check_alike, random_state
 from ..mlp import parallelize
 from ..sync_batch_norm import convert_sync_batch_norm
 
@@ -114,6 +118,16 @@ class ParallelTraining(Training):
             for first, last in pairwise(positions):
                 found.append(nn.Sequential(*list(model.children())[first:last])(found[-1]))
         return found
+
+    def steps(self) -> Iterator[Tensor]:
+        """As `Training.steps`, if the tensor-parallel ranks still draw the same numbers.
+
+        Raises:
+            ValueError: A rank has drawn, or was seeded, by itself. Its dropout masks would not fit those of the others.
+        """
+        kind = self.device.type
+        check_alike(Ranks.of(self.mesh["tp"]), kind, **{"random generator": random_state(kind)})
+        yield from super().steps()
 
     def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
         """Accumulate the gradient of one micro-batch, of which this rank computes its data-parallel share.
@@ -262,7 +276,13 @@ class ParallelTraining(Training):
         file and deletes earlier checkpoints, so the pointer file always names a complete checkpoint.
         """
         folder = self.folder / f"epoch-{self.epoch}"
-        dcp.save(self.sharded_state(), checkpoint_id=folder)
+        try:
+            dcp.save(self.sharded_state(), checkpoint_id=folder)
+        except CheckpointException as error:
+            reasons = {str(reason) for reason, _ in error.failures.values()}
+            raise CannotWrite(
+                f"{folder} cannot be written; is the disk full? ({'; '.join(sorted(reasons))})"
+            ) from error
         random: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(random, (self.draws, torch.get_rng_state(), self._gpu_random()))
         if dist.get_rank() == 0:

@@ -37,7 +37,7 @@ def test_contents_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: order.append("replace"))
     with atomic_write(tmp_path / "c.pt") as file:
         file.write(b"new")
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # of the contents, and of the folder
 
 
 def corrupted(path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -87,6 +88,7 @@ def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, t
 REFUSED = {
     "degrees": (["--tp", "3"], "argument --nproc-per-node: 2 ranks were started, but --tp 3 x --dp 1 x --pp 1 needs 3"),
     "option": (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
+    "device": (["--device", "cuda:0"], "argument --device: 'cuda:0'; every rank takes the GPU of its own number"),
     "nothing to resume": (["--resume"], "checkpoint.json does not exist"),
 }
 
@@ -95,6 +97,7 @@ REFUSED = {
 def test_what_it_cannot_use_is_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert on_several([*OPTIONS, "--out", str(tmp_path / "run"), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -127,6 +130,21 @@ def test_fp16_in_a_pipeline_skips_a_step_that_overflows_on_all_stages(tmp_path):
     assert scale < 2.0**30
     assert first == second
     assert first[-1] < first[0] < 2
+
+
+def draw_by_itself(folder):
+    options = parse_options([*OPTIONS, "--dropout", "0.2"])
+    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("pp", "dp", "tp"))
+    training = ParallelTraining(options, data, Path(folder), mesh)
+    if torch.distributed.get_rank() == 1:
+        torch.rand(1)
+    with pytest.raises(ValueError, match="random generator: rank 1 differs from rank 0"):
+        training.fit(lambda _: None)
+
+
+def test_a_rank_that_draws_by_itself_is_found(tmp_path):
+    on_ranks(2, draw_by_itself, str(tmp_path))
 
 
 def refuse_to_build(shape, folder, message):
@@ -172,6 +190,46 @@ def test_ranks_that_were_asked_for_different_things_are_refused(tmp_path):
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "argument --lr: rank 1 differs from rank 0" in first
     assert not out.exists()
+
+
+def lines_of(process):
+    return [line for line in process.stderr.splitlines() if "fusemlp.parallel: " in line]
+
+
+ONLY_ON_RANK_1 = """
+import os, sys
+from fusemlp.parallel.training.command import main
+if os.environ["RANK"] == "1":
+    sys.argv += ["--csv", "missing.csv", "--target", "y"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("only", "who"), [(True, "rank 1: "), (False, "")], ids=["rank 1", "all ranks"])
+def test_an_input_error_is_said_once_by_the_rank_that_has_it(only, who, tmp_path):
+    (tmp_path / "start.py").write_text(ONLY_ON_RANK_1)
+    start = command(2, tmp_path / "run")
+    start[start.index("-m", 3) : start.index("fusemlp.parallel") + 1] = [str(tmp_path / "start.py")]
+    options = [] if only else ["--csv", "missing.csv", "--target", "y"]
+    start = [each for each in start if each not in ("--dataset", "iris")]
+    done = subprocess.run([*start, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode
+    (line,) = lines_of(done)
+    assert line.startswith(f"fusemlp.parallel: {who}error: ")
+    assert "missing.csv" in line
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_is_one_line(tmp_path):
+    start = command(2, tmp_path / "run", "--dp", "2", "--dropout", "0")
+    done = subprocess.run(start, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, preexec_fn=limit_files)
+    assert done.returncode
+    (line,) = lines_of(done)
+    assert re.search("stopped: .*epoch-0 cannot be written; is the disk full", line)
 
 
 LONG = ["--epochs", "20", "--patience", "0", "--batch-size", "8"]

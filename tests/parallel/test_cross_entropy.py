@@ -146,3 +146,40 @@ def refuse(case):
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case):
     on_ranks(2, refuse, case)
+
+
+def no_rows(backend):
+    mesh = everyone()
+    with launch.backend(backend):
+        for reduction in ("none", "sum", "mean"):
+            logits = torch.randn(0, 8, requires_grad=True)
+            target = torch.empty(0, dtype=torch.int64)
+            ours = vocab_parallel_cross_entropy(logits, target, mesh=mesh, reduction=reduction)
+            torchs = torch.nn.functional.cross_entropy(torch.randn(0, 16), target, reduction=reduction)
+            torch.testing.assert_close(ours.detach(), torchs, equal_nan=True)
+            ours.sum().backward()
+            assert logits.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_rows(backend):
+    on_ranks(2, no_rows, backend)
+
+
+def compiled():
+    mesh = everyone()
+    logits, target = part(torch.randn(6, 16), mesh), torch.randint(16, (6,))
+    found = []
+    for function in (
+        vocab_parallel_cross_entropy,
+        torch.compile(vocab_parallel_cross_entropy, fullgraph=True, backend="aot_eager"),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, target, mesh=mesh)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*found)
+
+
+def test_compiled():
+    on_ranks(2, compiled)
