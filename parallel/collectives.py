@@ -229,6 +229,18 @@ class _ReduceFromRanks(Function):
         return _CopyToRanks.apply(grad_output, ctx.ranks), None
 
 
+class _ReduceInPlace(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        ctx.mark_dirty(y)
+        return start_all_reduce(y, ranks)()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _CopyToRanks.apply(grad_output, ctx.ranks), None
+
+
 class _OnlyOnTheFirst(Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, ranks: Ranks, same_bits: bool) -> Tensor:
@@ -349,8 +361,13 @@ def only_on_the_first(t: Tensor | None, ranks: Ranks, same_bits: bool) -> Tensor
 
 
 def reduce_from_ranks(y: Tensor, ranks: Ranks) -> Tensor:
-    """Sum y over the ranks. The gradient of the sum is passed to every rank unchanged."""
-    return _ReduceFromRanks.apply(y, ranks)
+    """Sum y over the ranks. The gradient of the sum is passed to every rank unchanged.
+
+    Args:
+        y: A contiguous tensor that nothing else reads: it is overwritten, except under torch.compile.
+        ranks: The ranks.
+    """
+    return (_ReduceFromRanks if torch.compiler.is_compiling() else _ReduceInPlace).apply(y, ranks)
 
 
 def gather_columns(x: Tensor, ranks: Ranks, n: int) -> Tensor:

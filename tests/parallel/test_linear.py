@@ -180,3 +180,27 @@ def second_derivatives(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_second_derivatives(backend):
     on_ranks(2, second_derivatives, backend)
+
+
+def more_dimensions(name, backend):
+    """An input (rows, 3, in_features) gives what (rows * 3, in_features) gives."""
+    mesh = everyone()
+    kind, options = LAYERS[name]
+    layer = kind(IN, OUT, mesh=mesh, **options)
+    width = IN // mesh.size() if kind is RowParallelLinear and options.get("input_is_parallel", True) else IN
+    found = []
+    for shape in ((ROWS, 3, width), (ROWS * 3, width)):
+        torch.manual_seed(0)
+        x = torch.randn(ROWS, 3, width).view(shape).requires_grad_()
+        with launch.backend(backend):
+            y = layer(x)
+            grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        assert y.shape[1:-1] == shape[1:-1]
+        found.append([t.flatten(0, -2) if t.dim() > 2 else t for t in (y.detach(), *map(whole, grads))])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_more_dimensions(name, backend):
+    on_ranks(2, more_dimensions, name, backend)
