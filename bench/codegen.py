@@ -81,7 +81,7 @@ NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
 MAX_MACHINE_INSTRUCTIONS = {
     "cross_entropy_fwd 1000 classes bf16": 600,
     "cross_entropy_bwd 1000 classes bf16": 500,
-    "column_moments bf16": 1250,
+    "column_moments bf16": 1300,
 }
 MAX_SHORT_ACCESSES = 4
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -25,7 +25,7 @@ from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_
 from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike
-from .lost_ranks import enlist, lost_ranks
+from .lost_ranks import enlist, hung_ranks, lost_ranks
 from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
 
 PROG = "fusemlp.parallel"
@@ -77,12 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torchrun sends SIGTERM to all ranks when one fails. Ignore it, so that this rank can report lost ranks first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         rank = os.environ.get("RANK")
-        lost = [f"rank {each} is lost" for each in lost_ranks()] if dist.is_initialized() else []
-        print(f"{PROG}: rank {rank} stopped: {'; '.join([*lost, str(error)])}", file=sys.stderr)
+        print(f"{PROG}: rank {rank} stopped: {'; '.join([*missing_ranks(), str(error)])}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def missing_ranks() -> list[str]:
+    """Which ranks a failed collective waited for, in words."""
+    if not dist.is_initialized():
+        return []
+    lost = [f"rank {each} is lost" for each in lost_ranks()]
+    return lost or [f"rank {each} hangs" for each in hung_ranks()]
 
 
 def speak(message: str) -> None:

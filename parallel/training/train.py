@@ -42,6 +42,7 @@ from ..collectives import Ranks
 from ..handshake import check_alike, random_state
 from ..mlp import parallelize
 from ..sync_batch_norm import convert_sync_batch_norm
+from .lost_ranks import count_step
 
 POINTER = "checkpoint.json"
 PROGRESS = "progress.pt"
@@ -127,7 +128,9 @@ class ParallelTraining(Training):
         """
         kind = self.device.type
         check_alike(Ranks.of(self.mesh["tp"]), kind, **{"random generator": random_state(kind)})
-        yield from super().steps()
+        for loss in super().steps():
+            count_step()
+            yield loss
 
     def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
         """Accumulate the gradient of one micro-batch, of which this rank computes its data-parallel share.

@@ -1,13 +1,14 @@
 """The ways to train on several devices that are torch's own, with our modules inside."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from fusemlp.kernels import launch
 from fusemlp.mlp import MLP
-from fusemlp.parallel import ParallelMLP
-from ranks import on_ranks
+from fusemlp.parallel import ColumnParallelLinear, ParallelMLP
+from ranks import everyone, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -197,3 +198,15 @@ def test_layers_on_different_devices():
     nn.functional.mse_loss(expected(x), y).backward()
     for ours, its in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.cpu(), its.grad)
+
+
+def pickled():
+    layer = ColumnParallelLinear(4, 6, mesh=everyone())
+    for name, parameter in layer.named_parameters():
+        again = pickle.loads(pickle.dumps(parameter))
+        assert torch.equal(again.to_local(), parameter.to_local()), name
+        assert again.placements == parameter.placements
+
+
+def test_parameters_pickle():
+    on_ranks(2, pickled)
