@@ -6,6 +6,7 @@ others. Ranks tell this to each other through the store of the process group.
 
 # pyright: reportPrivateImportUsage=false
 
+import atexit
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ PATIENCE = 5.0
 # Seconds between two signs of life.
 BEAT = 1.0
 _steps = 0
+_ending = threading.Event()
 
 
 def enlist() -> None:
@@ -27,7 +29,9 @@ def enlist() -> None:
     store = _get_default_store()
     store.set(f"rank {dist.get_rank()} runs", f"{os.getpid()} {_machine()}")
     _show(store, dist.get_rank(), 0)
-    threading.Thread(target=_beat, args=(store, dist.get_rank()), daemon=True).start()
+    beating = threading.Thread(target=_beat, args=(store, dist.get_rank()), daemon=True)
+    beating.start()
+    atexit.register(_end, beating)
 
 
 def count_step() -> None:
@@ -36,10 +40,15 @@ def count_step() -> None:
     _steps += 1
 
 
+def _end(beating: threading.Thread) -> None:
+    """End the thread. The interpreter must not end while a thread is in the store."""
+    _ending.set()
+    beating.join()
+
+
 def _beat(store: dist.Store, rank: int) -> None:
     beats = 0
-    while True:
-        time.sleep(BEAT)
+    while not _ending.wait(BEAT):
         beats += 1
         try:
             _show(store, rank, beats)
