@@ -24,8 +24,8 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
 
     "he" draws normal weights with standard deviation sqrt(2 / in_features) (He et al. 2015), and "xavier" with
     sqrt(2 / (in_features + out_features)) (Glorot and Bengio 2010). "orthogonal" draws an orthogonal matrix (Saxe et
-    al. 2014). "torch" keeps the initialisation of torch.nn.Linear. "auto" is "xavier" for saturating activations and
-    without an activation, else "he". The bias is set to zero, except with "torch".
+    al. 2014). "torch" draws what torch.nn.Linear draws. "auto" is "xavier" for saturating activations and without an
+    activation, else "he". The bias is set to zero, except with "torch".
 
     Args:
         layer: the layer.
@@ -33,6 +33,7 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
         activation: name of the net's activation, or None.
     """
     if init == "torch":
+        layer.reset_parameters()
         return
     if init == "auto":
         init = "xavier" if activation is None or activation in SATURATING else "he"
@@ -99,21 +100,35 @@ class MLP(Sequential):
 
         super().__init__()
         self.checkpoint = checkpoint
+        self.init: Init = init
+        self.activation: Activation | None = activation
+        # Modules that are made on the meta device draw no weights. Those are drawn once, by reset_parameters.
         *fans_in, last = in_features, *hidden_features
         for fan_in, fan_out in zip(fans_in, hidden_features, strict=True):
-            self.append(Linear(fan_in, fan_out, bias, device, dtype))
+            self.append(Linear(fan_in, fan_out, bias, "meta", dtype))
             if batch_norm:
-                self.append(BatchNorm1d(fan_out, device=device, dtype=dtype))
+                self.append(BatchNorm1d(fan_out, device="meta", dtype=dtype))
             if activation is not None:
                 self.append(ACTIVATION_MODULES[activation]())
             if dropout:
                 self.append(Dropout(dropout))
-        self.append(Linear(last, out_features, bias, device, dtype))
+        self.append(Linear(last, out_features, bias, "meta", dtype))
         if out_activation is not None:
             self.append(ACTIVATION_MODULES[out_activation]())
+        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all layers, one after the other, and reset batch norm."""
         for layer in self:
             if isinstance(layer, nn.Linear):
-                init_linear(layer, init, activation)
+                self.init_layer(layer)
+            elif isinstance(layer, BatchNorm1d):
+                layer.reset_parameters()
+
+    def init_layer(self, layer: nn.Linear) -> None:
+        """Draw the weights of one layer. Subclasses may override this method."""
+        init_linear(layer, self.init, self.activation)
 
     def run_all(self, input: Tensor, recompute: bool = False) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled():

@@ -8,6 +8,7 @@ one needs two all-reduces: of the output in the forward pass, and of the input's
 second one overlaps with the computation of the first layer's weight gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,13 +68,10 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
     whole = getattr(module, name)
     if whole is None:
         return
-    here = whole.detach()
-    if isinstance(placement, Shard):
-        # Copy the part, so that the memory of the whole parameter can be freed.
-        part = Ranks.of(mesh).part(whole.shape[placement.dim])
-        here = here.narrow(placement.dim, part.start, part.stop - part.start).clone()
+    # Copy the part, so that the memory of the whole parameter can be freed.
+    here = part_of(whole.detach(), mesh, placement).clone()
     sharded = DTensor.from_local(
-        here.to(mesh.device_type),
+        here if here.is_meta else here.to(mesh.device_type),
         mesh,
         [placement],
         run_check=False,
@@ -84,6 +82,14 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
         module.register_parameter(name, nn.Parameter(sharded, whole.requires_grad))
     else:
         module.register_buffer(name, sharded)
+
+
+def part_of(whole: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    """A view of this rank's part of a whole parameter."""
+    if not isinstance(placement, Shard):
+        return whole
+    part = Ranks.of(mesh).part(whole.shape[placement.dim])
+    return whole.narrow(placement.dim, part.start, part.stop - part.start)
 
 
 def local(parameter: Tensor | None) -> Any:
@@ -115,6 +121,25 @@ class ParallelLinear(Linear):
         layer = type(self), shapes(self)
         check_alike(Ranks.of(mesh), kind, layer=layer, values=values(self), seed=random_state(kind))
 
+    def reset_parameters(self) -> None:
+        """Draw the weights that torch.nn.Linear draws, and keep this rank's part of them."""
+        if isinstance(self.weight, DTensor):  # not yet, when the constructor of torch.nn.Linear calls this
+            self.draw(nn.Linear.reset_parameters)
+
+    @torch.no_grad()
+    def draw(self, init: Callable[[nn.Linear], None]) -> None:
+        """Draw the parameters of the whole layer, so that they do not depend on the number of ranks; keep this rank's.
+
+        Args:
+            init: Draws the parameters of a linear layer in place.
+        """
+        sizes = self.in_features, self.out_features, self.bias is not None
+        whole = nn.Linear(*sizes, "meta", self.weight.dtype).to_empty(device=self.weight.device)
+        init(whole)
+        for name, part in self.named_parameters():
+            assert isinstance(part, DTensor)
+            part.to_local().copy_(part_of(whole.get_parameter(name), part.device_mesh, part.placements[0]))
+
     def _repr(self, split: str, *options: str) -> str:
         sizes = {"out_features": self.out_features, "in_features": self.in_features}
         part = self.ranks.part(sizes[split])
@@ -128,7 +153,7 @@ class ParallelLinear(Linear):
 class ColumnParallelLinear(ParallelLinear):
     """A linear layer whose out_features are split: every rank computes its columns of act(input weight^T + bias).
 
-    Parameters are DTensors. Every rank initialises the whole layer, and needs the same seed.
+    Parameters are DTensors. Every rank draws the whole layer, with the same seed, and keeps its part.
 
     Args:
         in_features: Width of the input (*, in_features), which is the same on every rank.
@@ -161,10 +186,12 @@ class ColumnParallelLinear(ParallelLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, "meta", dtype)
         self.agree(mesh)
         check_divides("out_features", out_features, Ranks.of(mesh), uneven)
         self.shard(mesh, activation, gather_output, sequence_parallel)
+        self.to_empty(device=mesh.device_type if device is None else device)
+        self.reset_parameters()
 
     def shard(
         self,
@@ -199,7 +226,7 @@ class ColumnParallelLinear(ParallelLinear):
 class RowParallelLinear(ParallelLinear):
     """A linear layer whose in_features are split: the ranks' products are summed, and then the bias is added.
 
-    Parameters are DTensors. Every rank initialises the whole layer, and needs the same seed.
+    Parameters are DTensors. Every rank draws the whole layer, with the same seed, and keeps its part.
 
     Args:
         in_features: Width of the whole input. The input is (*, this rank's part of in_features).
@@ -233,10 +260,12 @@ class RowParallelLinear(ParallelLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, "meta", dtype)
         self.agree(mesh)
         check_divides("in_features", in_features, Ranks.of(mesh), uneven)
         self.shard(mesh, activation, input_is_parallel, sequence_parallel)
+        self.to_empty(device=mesh.device_type if device is None else device)
+        self.reset_parameters()
 
     def shard(
         self,

@@ -1,6 +1,7 @@
 """The MLP on several ranks: each pair of a column- and a row-parallel layer is one autograd node."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -9,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..mlp.batch_norm import norm_act_dropout
 from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
-from ..mlp.model import MLP
+from ..mlp.model import MLP, init_linear
 from ..mlp.modules import Dropout
-from ..mlp.sequential import FORWARDS, activation_name, is_plain
+from ..mlp.sequential import FORWARDS, Sequential, activation_name, is_plain
 from .channels import ParallelBatchNorm1d, ParallelDropout
 from .collectives import Ranks
 from .handshake import check_alike, random_state, shapes, values
@@ -108,14 +109,23 @@ def _follow(output: Tensor, tail: Layer) -> Tensor:
     return norm_act_dropout(output, tail.norm, tail.activation, tail.p, tail.columns)
 
 
+class ParallelSequential(Sequential):
+    """A `Sequential` with parallel layers."""
+
+    def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+        return run_sharded(modules, input, recompute)
+
+
 class ParallelMLP(MLP):
     """An `MLP` whose layers are split over the ranks of a device mesh with one dimension.
 
     Input (*, in_features) and output (*, out_features) are the same on every rank. Parameters are DTensors with the
-    names that they have in `MLP`.
+    names that they have in `MLP`. Every rank draws the layers one after the other, with the same seed, and keeps its
+    parts: a rank never holds more than its parts and one whole layer.
 
     Args:
-        *args, **options: Arguments of `MLP`. Every rank initialises the whole MLP, and needs the same seed.
+        *args, **options: Arguments of `MLP`. On the device "meta", parameters are not allocated. `to_empty` does that,
+            and `reset_parameters` draws them.
         mesh: The ranks that share the net.
         plan: "auto", or styles by module name; see `parallelize`.
         uneven: Whether "auto" may split widths that are not multiples of the number of ranks.
@@ -125,8 +135,15 @@ class ParallelMLP(MLP):
     """
 
     def __init__(self, *args: Any, mesh: DeviceMesh, plan: Plan = "auto", uneven: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
+        device = options.pop("device", None)
+        super().__init__(*args, device="meta", **options)
         parallelize(self, mesh, plan, uneven=uneven)
+        self.to_empty(device=mesh.device_type if device is None else device)
+        self.reset_parameters()
+
+    def init_layer(self, layer: nn.Linear) -> None:
+        init = partial(init_linear, init=self.init, activation=self.activation)
+        layer.draw(init) if isinstance(layer, ParallelLinear) else init(layer)
 
     def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         return run_sharded(modules, input, recompute)
@@ -137,6 +154,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan = "auto", *, unev
 
     Every rank must pass the same model with the same values. Parameters become DTensors on the mesh's devices and keep
     their names. Input and output remain plain tensors that are the same on every rank. An MLP becomes a `ParallelMLP`.
+    A model on the meta device stays there: `to_empty` allocates this rank's parts, and `reset_parameters` of a layer
+    draws them as it would on one rank.
 
     Args:
         model: The model.
@@ -168,6 +187,6 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan = "auto", *, unev
     )
     styles = auto_plan(model, ranks, uneven) if plan == "auto" else resolve(model, plan)
     apply_plan(model, mesh, styles)
-    if type(model) is MLP:
-        model.__class__ = ParallelMLP
+    for module in model.modules():
+        module.__class__ = {MLP: ParallelMLP, Sequential: ParallelSequential}.get(type(module), type(module))
     return model

@@ -30,7 +30,7 @@ from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoi
 
 PROG = "fusemlp.parallel"
 # Seconds that a rank waits for rank 0 to print an error.
-PATIENCE = 1
+PATIENCE = 5
 
 
 def make_degrees_parser() -> ArgumentParser:

@@ -7,6 +7,10 @@ from fusemlp.mlp import MLP
 from fusemlp.parallel import ColwiseParallel, ParallelMLP, RowwiseParallel, parallelize
 from fusemlp.parallel.collectives import Collective, ledger
 from ranks import everyone, on_ranks, whole
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROWS, IN, HIDDEN, OUT = 6, 5, (16, 8, 24), 4
 NETS = {
@@ -161,3 +165,58 @@ COMPILED = {
 @pytest.mark.parametrize("plan", COMPILED.values(), ids=COMPILED)
 def test_compiled(plan):
     on_ranks(2, compiled, plan)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes that tensors made inside the `with` block hold at once."""
+
+    def __enter__(self):
+        self.live, self.peak = {}, 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for t in tree_leaves(made):
+            if isinstance(t, torch.Tensor) and not t.is_meta and not isinstance(t, DTensor):
+                storage = t.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: each for key, each in self.live.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return made
+
+
+def build_and_count():
+    mesh = everyone()
+    with LiveBytes() as bytes_:
+        net = ParallelMLP(64, [256] * 8, 64, init="he", mesh=mesh)
+    kept = sum(t.to_local().nbytes for t in net.parameters())
+    return bytes_.peak, kept
+
+
+def test_a_rank_never_holds_more_than_its_parts_and_one_whole_layer():
+    one_layer, whole_net = 4 * 256 * 256, 4 * 256 * (7 * 256 + 2 * 64)
+    for peak, kept in on_ranks(2, build_and_count):
+        assert kept < 0.51 * whole_net
+        assert one_layer < peak < kept + 1.1 * one_layer
+
+
+def build_on_meta(options):
+    torch.manual_seed(1)
+    expected = ParallelMLP(IN, HIDDEN, OUT, mesh=everyone(), **options)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        net = MLP(IN, HIDDEN, OUT, **options)
+    parallelize(net, everyone())
+    assert all(t.is_meta for t in net.parameters())
+    net.to_empty(device="cpu")
+    net.reset_parameters()
+    torch.testing.assert_close([*map(whole, net.parameters())], [*map(whole, expected.parameters())], rtol=0, atol=0)
+    return [whole(t).detach() for t in net.parameters()]
+
+
+@pytest.mark.parametrize("options", [{"batch_norm": True}, {"init": "orthogonal"}, {"init": "torch"}], ids=str)
+def test_a_net_on_the_meta_device_is_drawn_as_on_one_rank(options):
+    torch.manual_seed(1)
+    alone = [t.detach() for t in MLP(IN, HIDDEN, OUT, **options).parameters()]
+    for found in on_ranks(2, build_on_meta, options):
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)
