@@ -206,23 +206,28 @@ class Training:
             The mean loss without the penalty, a float32 scalar on the device.
         """
         options = self.options
-        parts = math.ceil(len(x) / options.batch_size)
+        parts = self.micro_batches(len(x))
         count = self.loss.count(y)
         loss = torch.zeros((), device=self.device)
-        for micro_x, micro_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
-            loss += self.micro_batch(micro_x, micro_y, count)
+        for number, rows in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True), 1):
+            loss += self.micro_batch(*rows, count, last=number == parts)
         if options.l1:
             penalty = options.l1 * torch.stack([weight.abs().sum() for weight in penalised(self.model)]).sum()
             self.scaler.scale(penalty).backward()
         return loss
 
-    def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int) -> Tensor:
+    def micro_batches(self, rows: int) -> int:
+        """The number of micro-batches that a step of so many rows is computed in."""
+        return math.ceil(rows / self.options.batch_size)
+
+    def micro_batch(self, x: Tensor, y: Tensor, count: Tensor | int, last: bool) -> Tensor:
         """Accumulate the gradient of the summed loss of one micro-batch, divided by `count`.
 
         Args:
             x: Inputs (rows, in_features).
             y: Targets of these rows.
             count: Divisor of the whole step, from `Loss.count`.
+            last: Whether this is the last micro-batch of the step. Subclasses may then sum the gradients of ranks.
 
         Returns:
             The summed loss divided by `count`, a scalar.

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...mlp.training.checkpoint import load_checkpoint
 from ...mlp.training.command import console, fit, introduce, verify
@@ -25,8 +25,11 @@ from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_
 from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike
+from .checkpoint import POINTER, PROGRESS, last_checkpoint
+from .layout import DataParallel, Layout
 from .lost_ranks import enlist, hung_ranks, lost_ranks
-from .train import POINTER, PROGRESS, SCHEDULES, ParallelTraining, last_checkpoint
+from .pipeline import SCHEDULES
+from .train import ParallelTraining
 
 PROG = "fusemlp.parallel"
 # Seconds that a rank waits for rank 0 to print an error.
@@ -42,7 +45,16 @@ def make_degrees_parser() -> ArgumentParser:
         "--dp", type=count, metavar="D", help="data-parallel ranks, which split batches (all ranks / (T * P))"
     )
     group.add_argument("--pp", type=count, metavar="P", default=1, help="pipeline stages (1)")
+    group.add_argument(
+        "--dp-mode",
+        choices=get_args(DataParallel),
+        default="ddp",
+        help="what a data-parallel rank keeps between the passes; ddp: all weights, fsdp: its share of each (ddp)",
+    )
     group.add_argument("--schedule-pp", choices=SCHEDULES, default="1f1b", help="pipeline schedule (1f1b)")
+    group.add_argument(
+        "--stages-per-rank", type=count, metavar="V", help="pipeline stages of a rank (interleaved: 2, else 1)"
+    )
     group.add_argument(
         "--timeout", type=count, metavar="S", default=300, help="seconds that a rank waits for the others (300)"
     )
@@ -126,21 +138,15 @@ def common_store() -> dist.Store:
     return dist.PrefixStore(f"errors of start {restarts()}", store)
 
 
-def make_mesh(degrees: Namespace, options: Options, data: Data, device_type: str) -> DeviceMesh:
-    """Initialise the process group and arrange the ranks that torchrun started in a mesh.
+def make_layout(degrees: Namespace) -> Layout:
+    """The layout of the ranks that torchrun started.
 
     Args:
         degrees: Parsed options of `make_degrees_parser`.
-        options: Training options.
-        data: The prepared data set.
-        device_type: "cuda" or "cpu".
-
-    Returns:
-        A mesh with the dimensions ("pp", "dp", "tp").
 
     Raises:
-        InputError: If the process was not started by torchrun, or the number of ranks is not T * D * P.
-        ValueError: If options or data differ between the ranks.
+        InputError: If the process was not started by torchrun, the number of ranks is not T * D * P, or the schedule
+            does not allow the number of stages.
     """
     if "RANK" not in os.environ:
         raise InputError("this process is not a rank: start with torchrun --nproc-per-node N -m fusemlp.parallel ...")
@@ -150,18 +156,53 @@ def make_mesh(degrees: Namespace, options: Options, data: Data, device_type: str
     if asked != world:
         given = f"--tp {degrees.tp} x --dp {dp} x --pp {degrees.pp}"
         raise InputError(f"argument --nproc-per-node: {world} ranks were started, but {given} needs {asked}")
+    interleaved = degrees.schedule_pp == "interleaved"
+    stages_per_rank = degrees.stages_per_rank or (2 if interleaved else 1)
+    if stages_per_rank > 1 and not interleaved:
+        raise InputError(
+            f"argument --stages-per-rank: {stages_per_rank} with --schedule-pp {degrees.schedule_pp}; allowed is 1, "
+            "or any number with --schedule-pp interleaved"
+        )
+    if interleaved and degrees.pp == 1:
+        raise InputError("argument --schedule-pp: interleaved without pipeline ranks; it needs --pp of at least 2")
+    return Layout(
+        tp=degrees.tp,
+        dp=dp,
+        pp=degrees.pp,
+        dp_mode=degrees.dp_mode,
+        schedule=degrees.schedule_pp,
+        stages_per_rank=stages_per_rank,
+        uneven=degrees.uneven,
+    )
+
+
+def join(layout: Layout, timeout: timedelta, options: Options, data: Data, device_type: str) -> DeviceMesh:
+    """Initialise the process group and arrange the ranks in a mesh.
+
+    Args:
+        layout: The layout of the net.
+        timeout: How long a rank waits for the others.
+        options: Training options.
+        data: The prepared data set.
+        device_type: "cuda" or "cpu".
+
+    Returns:
+        The mesh of the layout.
+
+    Raises:
+        ValueError: If layout, options or data differ between the ranks.
+    """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=degrees.timeout)
+    world = layout.pp * layout.dp * layout.tp
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun may reuse its store after a restart. A prefix for each start hides addresses of ranks that have ended.
     store = dist.PrefixStore(f"start {restarts()}", store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     enlist()
-    asked_for = vars(degrees) | configuration(options)
-    facts = {f"argument --{name.replace('_', '-')}": value for name, value in asked_for.items()}
-    check_alike(Ranks.world(), device_type, data=data.fingerprint(), **facts)
-    return init_device_mesh(device_type, (degrees.pp, dp, degrees.tp), mesh_dim_names=("pp", "dp", "tp"))
+    facts = {f"argument --{name.replace('_', '-')}": value for name, value in configuration(options).items()}
+    check_alike(Ranks.world(), device_type, data=data.fingerprint(), layout=layout, timeout=timeout, **facts)
+    return layout.mesh(device_type)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -180,9 +221,10 @@ def run(argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads or 1)
     data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
     device_type = resolve_device(options.device).type
-    mesh = make_mesh(degrees, options, data, device_type)
+    layout = make_layout(degrees)
+    mesh = join(layout, timedelta(seconds=degrees.timeout), options, data, device_type)
     folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
-    training = ParallelTraining(options, data, folder, mesh, degrees.uneven, degrees.schedule_pp)
+    training = ParallelTraining(options, data, folder, layout, mesh)
     first = dist.get_rank() == 0
     if resuming:
         training.resume()
@@ -191,8 +233,8 @@ def run(argv: Sequence[str]) -> int:
     if first:
         write_json(folder / CONFIG, configuration(options))
         introduce(training)
-        sizes = zip(("pipeline", "data", "tensor"), mesh.shape, strict=True)
-        console.print(f"on {' x '.join(f'{size} ({name})' for name, size in sizes)} ranks")
+        sizes = {"pipeline": layout.pp, f"data, {layout.dp_mode}": layout.dp, "tensor": layout.tp}
+        console.print(f"on {' x '.join(f'{size} ({name})' for name, size in sizes.items())} ranks")
         fit(training)
     else:
         training.fit(lambda _: None)

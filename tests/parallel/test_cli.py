@@ -1,8 +1,6 @@
 """`torchrun -m fusemlp.parallel`: the run of one process, on several; and what becomes of it when a rank dies."""
 
-import dataclasses
 import json
-import math
 import os
 import re
 import resource
@@ -18,12 +16,8 @@ import pytest
 import torch
 from fusemlp.mlp.training.checkpoint import load_checkpoint
 from fusemlp.mlp.training.command import main
-from fusemlp.mlp.training.data import load_data
-from fusemlp.mlp.training.options import parse_options
 from fusemlp.parallel.training.command import main as on_several
-from fusemlp.parallel.training.train import ParallelTraining
-from ranks import DEBUG, on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import DEBUG
 
 OPTIONS = "--dataset iris --hidden 16 8 --epochs 6 --no-verify --threads 1 --device cpu".split()  # noqa: SIM905
 
@@ -36,8 +30,6 @@ def command(ranks, out, *options, restarts=0, monitor_interval=0.1):
     return [sys.executable, *launcher.split(), "-m", "fusemlp.parallel", *OPTIONS, "--out", str(out), *options]
 
 
-# Adam would make steps of the rounding errors that are the gradients of biases before a batch norm.
-NORMALISED = ["--batch-norm", "--optimizer", "momentum"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -67,10 +59,10 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "degrees", "options"),
     [
-        pytest.param(2, ["--tp", "2", "--uneven"], ["--dropout", "0.2", *NORMALISED], id="tp 2"),
-        pytest.param(2, ["--dp", "2"], ["--dropout", "0", "--accumulate", "2", *NORMALISED], id="dp 2"),
-        pytest.param(2, ["--pp", "2"], ["--dropout", "0", "--clip", "0.5"], id="pp 2"),
-        pytest.param(4, ["--tp", "2", "--dp", "2", "--uneven"], ["--dropout", "0", "--clip", "0.5"], id="tp 2, dp 2"),
+        pytest.param(2, ["--pp", "2", "--schedule-pp", "gpipe"], ["--dropout", "0", "--clip", "0.5"], id="pp 2"),
+        pytest.param(
+            4, ["--tp", "2", "--dp", "2", "--dp-mode", "fsdp", "--uneven"], ["--dropout", "0"], id="tp 2, dp 2"
+        ),
     ],
 )
 def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, tmp_path):
@@ -87,6 +79,8 @@ def test_the_loss_curve_is_that_of_one_process(ranks, degrees, options, alone, t
 
 REFUSED = {
     "degrees": (["--tp", "3"], "argument --nproc-per-node: 2 ranks were started, but --tp 3 x --dp 1 x --pp 1 needs 3"),
+    "stages": (["--pp", "2", "--stages-per-rank", "2"], "argument --stages-per-rank: 2 with --schedule-pp 1f1b"),
+    "schedule": (["--schedule-pp", "interleaved"], "argument --schedule-pp: interleaved without pipeline ranks"),
     "option": (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
     "device": (["--device", "cuda:0"], "argument --device: 'cuda:0'; every rank takes the GPU of its own number"),
     "nothing to resume": (["--resume"], "checkpoint.json does not exist"),
@@ -102,68 +96,6 @@ def test_what_it_cannot_use_is_one_line(options, message, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
-
-
-def train_in_stages(options, amp, scale, folder):
-    options = parse_options([*OPTIONS, "--dropout", "0", *options])
-    options = dataclasses.replace(options, amp=amp)
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    mesh = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("pp", "dp", "tp"))
-    training = ParallelTraining(options, data, Path(folder), mesh)
-    if scale is not None:
-        training.scaler.update(scale)
-    training.fit(lambda _: None)
-    averages = [t for t in training.model.buffers() if t.is_floating_point()]
-    assert all(t.isfinite().all() for t in averages)
-    return [row["val_loss"] for row in training.history], training.scaler.get_scale()
-
-
-def test_batch_norm_in_a_pipeline(tmp_path):
-    (first, _), (second, _) = on_ranks(2, train_in_stages, NORMALISED, "none", None, str(tmp_path))
-    assert first == second
-    assert first[-1] < first[0] < 2
-
-
-def test_fp16_in_a_pipeline_skips_a_step_that_overflows_on_all_stages(tmp_path):
-    (first, scale), (second, other_scale) = on_ranks(2, train_in_stages, [], "fp16", 2.0**30, str(tmp_path))
-    assert scale == other_scale
-    assert scale < 2.0**30
-    assert first == second
-    assert first[-1] < first[0] < 2
-
-
-def draw_by_itself(folder):
-    options = parse_options([*OPTIONS, "--dropout", "0.2"])
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("pp", "dp", "tp"))
-    training = ParallelTraining(options, data, Path(folder), mesh)
-    if torch.distributed.get_rank() == 1:
-        torch.rand(1)
-    with pytest.raises(ValueError, match="random generator: rank 1 differs from rank 0"):
-        training.fit(lambda _: None)
-
-
-def test_a_rank_that_draws_by_itself_is_found(tmp_path):
-    on_ranks(2, draw_by_itself, str(tmp_path))
-
-
-def refuse_to_build(shape, folder, message):
-    options = parse_options([*OPTIONS, "--hidden", "15", "8", "6"])
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp", "tp"))
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        ParallelTraining(options, data, Path(folder), mesh)
-
-
-UNFIT = {
-    "width": ((1, 1, 2), "out_features of '0': 15 does not divide by 2 ranks; the nearest that do are 14 and 16 "),
-    "stages": ((5, 1, 1), "argument --pp: 5; at most 4 stages are allowed, one for each linear layer"),
-}
-
-
-@pytest.mark.parametrize(("shape", "message"), UNFIT.values(), ids=UNFIT)
-def test_nets_that_the_ranks_cannot_share_are_refused(shape, message, tmp_path):
-    on_ranks(math.prod(shape), refuse_to_build, shape, str(tmp_path), message)
 
 
 def test_without_torchrun_it_says_so(tmp_path, monkeypatch, capsys):
