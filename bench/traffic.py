@@ -36,6 +36,7 @@ Layers = list[list[Launch]]
 Case = NetCase | LossCase
 ALLOCATIONS = ("aten.empty", "aten.new_empty")
 FORWARD_PRODUCTS = ("linear_fwd", "aten.addmm")
+PRODUCTS = ("aten.addmm", "aten.mm")
 # The last launches of a layer's backward pass: fusemlp's gradient of the input, or PyTorch's gradient of the bias.
 LAST_IN_BACKWARD = ("linear_dgrad", "linear_dgrad_reduce", "aten.sum")
 # Minimal passes over the activations for batch norm, activation and dropout. Forward reads and writes the activations
@@ -63,7 +64,7 @@ class AtenTraffic(TorchDispatchMode):
             read = [each for position, each in enumerate(args) if position != UNREAD.get(name)]
             again = [args[position] for position in READ_TWICE.get(name, ())]
             tensors = tuple(t for t in tree_leaves((read, again, kwargs, result)) if isinstance(t, Tensor))
-            cost.report(name, flops, tensors, product_us(name, args) if flops else None)
+            cost.report(name, flops, tensors, product_us(name, args) if name in PRODUCTS else None)
         return result
 
 
