@@ -177,7 +177,7 @@ def _add_optimisation_options(optim: _ArgumentGroup) -> None:
     optim.add_argument("--clip", type=positive, metavar="NORM", help="maximum norm of the gradient (no limit)")
     optim.add_argument("--batch-size", type=count, metavar="N", default=32, help="maximum rows of a batch (32)")
     optim.add_argument("--accumulate", type=count, metavar="K", default=1, help="batches per optimizer step (1)")
-    optim.add_argument("--epochs", type=count, metavar="N", default=100, help="(100)")
+    optim.add_argument("--epochs", type=count, metavar="N", default=50, help="(50)")
     optim.add_argument(
         "--patience",
         type=count_or_zero,
