@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RowParallelLinear,
         RowwiseParallel,
         SyncBatchNorm1d,
+        column_parallel_linear,
         convert_sync_batch_norm,
         parallelize,
         vocab_parallel_cross_entropy,
@@ -57,6 +58,7 @@ __all__ = [
     "Sequential",
     "SyncBatchNorm1d",
     "backend",
+    "column_parallel_linear",
     "convert_sync_batch_norm",
     "explain",
     "fold_batch_norm",
@@ -72,7 +74,8 @@ __all__ = [
 
 _PARALLEL = (
     *("ColumnParallelLinear", "ColwiseParallel", "ParallelMLP", "RowParallelLinear", "RowwiseParallel"),
-    *("SyncBatchNorm1d", "convert_sync_batch_norm", "parallelize", "vocab_parallel_cross_entropy"),
+    *("SyncBatchNorm1d", "column_parallel_linear", "convert_sync_batch_norm", "parallelize"),
+    "vocab_parallel_cross_entropy",
 )
 _MODULES = dict.fromkeys(__all__, ".mlp") | dict.fromkeys(_PARALLEL, ".parallel")
 _MODULES |= {"backend": ".kernels.launch", "explain": ".mlp.explain"}

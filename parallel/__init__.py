@@ -1,6 +1,7 @@
 """MLPs on several devices."""
 
 from .cross_entropy import vocab_parallel_cross_entropy
+from .gated import column_parallel_linear
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP, parallelize
 from .plan import ColwiseParallel, RowwiseParallel
@@ -13,6 +14,7 @@ __all__ = [
     "RowParallelLinear",
     "RowwiseParallel",
     "SyncBatchNorm1d",
+    "column_parallel_linear",
     "convert_sync_batch_norm",
     "parallelize",
     "vocab_parallel_cross_entropy",
