@@ -130,12 +130,12 @@ class MLP(Sequential):
         """Draw the weights of one layer. Subclasses may override this method."""
         init_linear(layer, self.init, self.activation)
 
-    def run_all(self, input: Tensor, recompute: bool = False) -> Tensor:
+    def run_on_one_device(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled():
-            return super().run_all(input)
-        if by_kernels(input, *self.parameters()):
-            return super().run_all(input, recompute=True)
-        for block in _hidden_blocks(list(self)):
+            return super().run_on_one_device(modules, input)
+        if by_kernels(input, *(parameter for module in modules for parameter in module.parameters())):
+            return super().run_on_one_device(modules, input, recompute=True)
+        for block in _hidden_blocks(modules):
             if len(block) == 1:
                 input = self.run(block, input)
             else:
@@ -146,7 +146,7 @@ class MLP(Sequential):
         return input
 
 
-def _hidden_blocks(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
+def _hidden_blocks(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
     """The modules from each linear layer up to the next one."""
     block: list[nn.Module] = []
     for module in modules:

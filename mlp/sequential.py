@@ -5,6 +5,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Sequential(nn.Sequential):
     Batch norm, an activation and dropout are fused if they follow a linear layer in this order and are modules of
     fusemlp or activations of torch.nn. Layers that follow one another are one autograd node. Modules with hooks and
     other modules run by themselves. State_dict keys, constructor and attributes are those of torch.nn.Sequential.
+    Layers may lie on different devices: the activations move to the device of the next linear layer.
     """
 
     def __getitem__(self, idx: slice | int) -> nn.Module:
@@ -53,17 +55,36 @@ class Sequential(nn.Sequential):
             return nn.Sequential.forward(self, input)
         return self.run_all(input)
 
-    def run_all(self, input: Any, recompute: bool = False) -> Any:
-        """Run all modules. See `run_fused` for the arguments. Subclasses may override this method."""
-        dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in self)
+    def run_all(self, input: Any) -> Any:
+        """Run all modules. Where the next linear layer lies on another device, the activations move there."""
+        first, *others = by_device(list(self))
+        output = self.run_on_one_device(first, input)
+        for modules in others:
+            output = self.run_on_one_device(modules, output.to(modules[0].weight.device))
+        return output
+
+    def run_on_one_device(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
+        """Run modules whose parameters lie on the device of the input. Subclasses may override this method."""
+        dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in modules)
         if dropping and by_kernels(input, product=False):
             with drawn_at_once(dropping, input.device):
-                return self.run(list(self), input, recompute)
-        return self.run(list(self), input, recompute)
+                return self.run(modules, input, recompute)
+        return self.run(modules, input, recompute)
 
     def run(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
         """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
         return run_fused(modules, input, recompute)
+
+
+def by_device(modules: Sequence[nn.Module]) -> list[Sequence[Any]]:
+    """Cut a sequence of modules before each linear layer that lies on another device than the one before it."""
+    cuts, device = [0], None
+    for position, module in enumerate(modules):
+        if isinstance(module, nn.Linear):
+            if device not in (None, module.weight.device):
+                cuts.append(position)
+            device = module.weight.device
+    return [modules] if len(cuts) == 1 else [modules[a:b] for a, b in pairwise([*cuts, len(modules)])]
 
 
 def by_kernels(*tensors: Tensor, product: bool = True) -> bool:

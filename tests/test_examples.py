@@ -51,6 +51,14 @@ def check_two_ranks(printed):
     assert after < before
 
 
+def check_devices(printed):
+    assert found(r"devices: (.+)", printed)
+    steps = re.findall(r"^step \d: loss on one device (\S+), on \d (\S+)$", printed, re.MULTILINE)
+    assert len(steps) == 5
+    for alone, spread in steps:
+        assert float(spread) == pytest.approx(float(alone), rel=1e-3)
+
+
 def check_regimes(printed):
     assert float(found(r"\w+: .+, ridge at (\S+) FLOP per byte", printed)) > 0
     regimes = re.findall(r"^\S+ -> \S+, \d+ rows: .* (launch|memory|compute)-bound: ", printed, re.MULTILINE)
@@ -62,6 +70,7 @@ CHECKS = {
     "train_mlp": check_accuracy,
     "fuse_into_a_model": check_agreement,
     "last_layer_and_loss": check_losses,
+    "layers_on_devices": check_devices,
     "tensor_parallel": check_two_ranks,
     "read_a_roofline": check_regimes,
 }
