@@ -33,7 +33,7 @@ class DistributedMLP(nn.Module):
 
 def train(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[float]:
     """The losses of a few steps."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.003)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0003)
     losses = []
     for _ in range(STEPS):
         output = net(x)
