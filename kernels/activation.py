@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
@@ -99,9 +99,11 @@ def sigmoid_grad(grad, postact):
 
 @triton.jit
 def tanh(z):
-    # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)), where the exponential cannot overflow.
+    # tanh |z| = (1 - d) / (1 + d) = 1 - 2 d / (1 + d), where d = exp(-2 |z|) cannot overflow. The first form is accurate
+    # for small |z|, the second one for large |z|.
     decay = tl.exp(-2 * tl.abs(z))
-    magnitude = (1 - decay) / (1 + decay)
+    inverse = 1 / (1 + decay)
+    magnitude = tl.where(decay > 0.5, (1 - decay) * inverse, 1 - 2 * decay * inverse)
     return tl.where(z < 0, -magnitude, magnitude)
 
 
@@ -136,16 +138,26 @@ def gelu_grad(grad, preact):
 
 
 @triton.jit
+def _gelu_gate(z):
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u), and its derivative by 2 u, d / (1 + d)^2 with d = exp(-|2 u|). They neither cancel,
+    # as 1 - tanh(u)^2 does, nor overflow.
+    doubled = (z + 0.044715 * z * z * z) * SQRT_8_OVER_PI
+    decay = tl.exp(-tl.abs(doubled))
+    inverse = 1 / (1 + decay)
+    return tl.where(doubled < 0, decay, 1) * inverse, decay * inverse * inverse
+
+
+@triton.jit
 def gelu_tanh(z):
-    return 0.5 * z * (1 + tanh((z + 0.044715 * z * z * z) * SQRT_2_OVER_PI))
+    gate, _ = _gelu_gate(z)
+    return z * gate
 
 
 @triton.jit
 def gelu_tanh_grad(grad, preact):
-    # t' = (1 - t^2) times the derivative of the argument of tanh.
-    t = tanh((preact + 0.044715 * preact * preact * preact) * SQRT_2_OVER_PI)
-    inner_grad = (1 + 3 * 0.044715 * preact * preact) * SQRT_2_OVER_PI
-    return grad * (0.5 * (1 + t) + 0.5 * preact * (1 - t * t) * inner_grad)
+    gate, slope = _gelu_gate(preact)
+    inner_grad = (1 + 3 * 0.044715 * preact * preact) * SQRT_8_OVER_PI
+    return grad * (gate + preact * inner_grad * slope)
 
 
 @dataclass(frozen=True)
