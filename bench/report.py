@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ..mlp.training.checkpoint import atomic_write
 from . import plot
+from .advice import picture as draw_advice
 from .competitors import CEILING
 
 
@@ -82,6 +83,26 @@ def scaling(results: Path) -> str:
         f"One training step, modelled and not measured: {of['bandwidth_tb_s']:g} TB/s, {of['rate']}, a bus of "
         f"{of['bus_gb_s']:g} GB/s for each rank, {of['latency_us']:g} µs for each collective.\n"
     )
+
+
+ADVISED = (8, 64, 1024)
+
+
+def advice(results: Path) -> str:
+    """The section on the fastest layouts of each net on many ranks."""
+    (path,) = stored(results, "advice/advice.csv")
+    rows = pd.read_csv(path)
+    best = rows[rows["place"] == 1]
+    table = []
+    for net, of_net in best.groupby("net", sort=False):
+        by_ranks = of_net.set_index("ranks")
+        cells = {
+            f"on {ranks} ranks": f"{by_ranks['layout'][ranks]}: {by_ranks['modelled_efficiency'][ranks]:.2f}"
+            for ranks in ADVISED
+        }
+        table.append({"net": net, **cells, "fastest on": by_ranks["modelled_us"].idxmin()})
+    note = f"Layout and efficiency against one rank, modelled and not measured: {rows['assumed'].iloc[0]}."
+    return f"{markdown(pd.DataFrame(table), right=False)}\n{note}\n"
 
 
 def codegen(results: Path) -> str:
@@ -191,10 +212,12 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "ops": lambda folder: plot.speedups(pd.read_csv(folder / "ops.csv"), "ops"),
     "mlp": lambda folder: plot.speedups(pd.read_csv(folder / "mlp.csv"), "mlp"),
     "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
+    "advice": lambda folder: draw_advice(pd.read_csv(folder / "advice.csv")),
 }
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "traffic": traffic,
     "scaling": scaling,
+    "advice": advice,
     "codegen": codegen,
     "speed": speed,
     "means": means,

@@ -25,32 +25,29 @@ This does not depend on the batch of M rows or on the H features before and afte
 12 M H h / t FLOP (three passes of two products) and all-reduces M H elements twice. The first pair of a net needs one
 all-reduce instead of two and five products instead of six, so its ratio has 5 instead of 3.
 
-With --rates, each product has the rate that was measured for the nearest shape (M, N, K: rows, columns and inner length
-of the product), in place of --flops. The distance is that of the logarithms of the shapes.
+With --rates or --measured, each product has the rate that was measured for the nearest shape (M, N, K: rows, columns
+and inner length of the product), in place of --flops. The distance is that of the logarithms of the shapes.
+
+With --advise, the command says how to lay out each net on --ranks ranks; see `advice`.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..kernels.cost import Launch
-from . import plot
+from . import advice, plot
 from .cases import NETS, QUICK_NETS, NetCase
+from .cluster import Cluster, Rate, measured_bandwidth, measured_products, nearest_rate, read_rates
 from .command import add_common_arguments, check_any, print_table, select
 from .results import write_table
-from .roofline import Ceilings
-from .traffic import modelled_us
 
 RANKS = (1, 2, 4, 8)
 BATCHES = tuple(2**i for i in range(21))
-SHAPE = ["M", "N", "K"]
-Rate = Callable[[int, int, int], float]
 
 
 @dataclass(frozen=True)
@@ -83,38 +80,6 @@ class Step:
     def modelled_us(self) -> float:
         """The total time in microseconds."""
         return self.products_us + self.exposed_us
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The assumed GPUs and their interconnect.
-
-    Attributes:
-        bandwidth_tb_s: Bandwidth of device memory in TB/s.
-        rate_tflop_s: Rate of a product in TFLOP/s, as a function of M, N and K.
-        bus_gb_s: Bus bandwidth of a rank in GB/s.
-        latency_us: Latency of each collective in microseconds.
-    """
-
-    bandwidth_tb_s: float
-    rate_tflop_s: Rate
-    bus_gb_s: float
-    latency_us: float
-
-    def product_us(self, M: int, N: int, K: int, itemsize: int) -> float:
-        """Time of the product of M x K and K x N matrices in microseconds. Each matrix is moved once."""
-        product = Launch("product", 2 * M * N * K, itemsize * (M * K + K * N + M * N))
-        return modelled_us([product], Ceilings(1e3 * self.bandwidth_tb_s, self.rate_tflop_s(M, N, K)))
-
-    def all_gather_us(self, whole_bytes: int, ranks: int) -> float:
-        """Time to all-gather a tensor of `whole_bytes` bytes, in microseconds; 0 for one rank."""
-        if ranks == 1:
-            return 0.0
-        return (ranks - 1) / ranks * whole_bytes / (1e3 * self.bus_gb_s) + self.latency_us
-
-    def all_reduce_us(self, summand_bytes: int, ranks: int) -> float:
-        """Time to all-reduce a tensor of `summand_bytes` bytes, in microseconds: twice the bytes of an all-gather."""
-        return self.all_gather_us(2 * summand_bytes, ranks)
 
 
 def layer_steps(case: NetCase, ranks: int, cluster: Cluster) -> list[Step]:
@@ -199,59 +164,15 @@ def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
     return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
 
 
-def read_rates(path: Path) -> pd.DataFrame:
-    """Read measured rates of products from a CSV file.
-
-    Args:
-        path: The file, with the columns M, N, K and tflops.
-
-    Returns:
-        A table with these columns.
-
-    Raises:
-        ValueError: If the file cannot be read, lacks a column or a row, or contains numbers that are not positive.
-    """
-    where = f"argument --rates: {path}"
-    if not path.is_file():
-        raise ValueError(f"{where}: no such file")
-    try:
-        table = pd.read_csv(path, index_col=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: cannot be read as a CSV file: {' '.join(str(error).split())}") from error
-    columns = [*SHAPE, "tflops"]
-    if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"{where}: has no column {', '.join(missing)}; must have {', '.join(columns)}")
-    if table.empty:
-        raise ValueError(f"{where}: has no rows")
-    rates = pd.DataFrame({column: pd.to_numeric(table[column], errors="coerce") for column in columns})
-    usable = np.all((rates > 0) & (rates < math.inf), axis=1)
-    if not usable.all():
-        raise ValueError(f"{where}: row {1 + usable.argmin()}: {', '.join(columns)} must be positive numbers")
-    return rates
-
-
-def nearest_rate(rates: pd.DataFrame) -> Rate:
-    """Make a function that looks up the rate of the measured product whose shape is nearest.
-
-    Args:
-        rates: Table of `read_rates`.
-
-    Returns:
-        rate(M, N, K) in TFLOP/s. Distances are those of the logarithms of the shapes; ties go to the first row.
-    """
-    shapes, tflops = np.log(rates[SHAPE].to_numpy(float)), rates["tflops"].to_numpy(float)
-
-    def rate(M: int, N: int, K: int) -> float:
-        return float(tflops[np.argmin(((shapes - np.log([M, N, K])) ** 2).sum(axis=1))])
-
-    return rate
-
-
-def rate_option(arguments: argparse.Namespace) -> tuple[Rate, str]:
-    """The rate that --flops or --rates specifies, and a description of it."""
-    if arguments.rates is None:
-        return lambda *_: arguments.flops, f"{arguments.flops:g} TFLOP/s"
-    return nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates.name}"
+def rate_option(arguments: argparse.Namespace) -> tuple[Rate, float, str]:
+    """The rates and the bandwidth in TB/s that --flops, --rates, --bandwidth or --measured give, and what they are."""
+    if arguments.measured is not None:
+        folder = arguments.measured
+        bandwidth = measured_bandwidth(folder)
+        return nearest_rate(measured_products(folder)), bandwidth, f"rates and bandwidth measured in {folder.name}"
+    if arguments.rates is not None:
+        return nearest_rate(read_rates(arguments.rates)), arguments.bandwidth, f"rates of {arguments.rates.name}"
+    return lambda *_: arguments.flops, arguments.bandwidth, f"{arguments.flops:g} TFLOP/s"
 
 
 def show(table: pd.DataFrame, assumed: str) -> None:
@@ -270,9 +191,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flops", type=float, default=770, metavar="TFLOP/S", help="arithmetic rate (770)")
     parser.add_argument("--bus", type=float, default=450, metavar="GB/S", help="bus bandwidth of a rank (450)")
     parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="latency of a collective (10)")
-    parser.add_argument(
+    measured = parser.add_mutually_exclusive_group()
+    measured.add_argument(
         "--rates", type=Path, metavar="CSV", help="measured rates with columns M,N,K,tflops, in place of --flops"
     )
+    measured.add_argument(
+        "--measured", type=Path, metavar="FOLDER", help="results of a GPU (products.csv, ceilings.csv), in their place"
+    )
+    advice.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -284,15 +210,16 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError(f"argument --latency-us: {arguments.latency_us}; must be at least 0 and finite")
     cases = select(QUICK_NETS if arguments.quick else NETS, arguments.filter)
     check_any(arguments.filter, cases)
-    rate, said = rate_option(arguments)
-    table = scaling_table(cases, Cluster(arguments.bandwidth, rate, arguments.bus, arguments.latency_us))
-    show(
-        table,
-        f"{arguments.bandwidth:g} TB/s, {said}, bus {arguments.bus:g} GB/s, {arguments.latency_us:g} us per collective",
-    )
+    rate, bandwidth, said = rate_option(arguments)
+    assumed = f"{bandwidth:.3g} TB/s, {said}, bus {arguments.bus:g} GB/s, {arguments.latency_us:g} us per collective"
+    cluster = Cluster(bandwidth, rate, arguments.bus, arguments.latency_us)
+    if arguments.advise:
+        return advice.advise(cases, cluster, assumed, arguments)
+    table = scaling_table(cases, cluster)
+    show(table, assumed)
     if arguments.out is not None:
         table = table.assign(
-            bandwidth_tb_s=arguments.bandwidth, rate=said, bus_gb_s=arguments.bus, latency_us=arguments.latency_us
+            bandwidth_tb_s=bandwidth, rate=said, bus_gb_s=arguments.bus, latency_us=arguments.latency_us
         )
         write_table(table, arguments.out, "scaling")
         plot.save(plot.scaling(table), arguments.out, "scaling")

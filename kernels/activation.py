@@ -99,8 +99,8 @@ def sigmoid_grad(grad, postact):
 
 @triton.jit
 def tanh(z):
-    # tanh |z| = (1 - d) / (1 + d) = 1 - 2 d / (1 + d), where d = exp(-2 |z|) cannot overflow. The first form is accurate
-    # for small |z|, the second one for large |z|.
+    # tanh |z| = (1 - d) / (1 + d) = 1 - 2 d / (1 + d), where d = exp(-2 |z|) cannot overflow. The first form is
+    # accurate for small |z|, the second one for large |z|.
     decay = tl.exp(-2 * tl.abs(z))
     inverse = 1 / (1 + decay)
     magnitude = tl.where(decay > 0.5, (1 - decay) * inverse, 1 - 2 * decay * inverse)
@@ -138,26 +138,25 @@ def gelu_grad(grad, preact):
 
 
 @triton.jit
-def _gelu_gate(z):
-    # 0.5 (1 + tanh(u)) = sigmoid(2 u), and its derivative by 2 u, d / (1 + d)^2 with d = exp(-|2 u|). They neither cancel,
-    # as 1 - tanh(u)^2 does, nor overflow.
-    doubled = (z + 0.044715 * z * z * z) * SQRT_8_OVER_PI
-    decay = tl.exp(-tl.abs(doubled))
-    inverse = 1 / (1 + decay)
-    return tl.where(doubled < 0, decay, 1) * inverse, decay * inverse * inverse
+def _stable_sigmoid(z):
+    # Does not overflow, and is accurate for large negative z.
+    decay = tl.exp(-tl.abs(z))
+    return tl.where(z < 0, decay, 1) / (1 + decay)
 
 
 @triton.jit
 def gelu_tanh(z):
-    gate, _ = _gelu_gate(z)
-    return z * gate
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u)
+    return z * _stable_sigmoid((z + 0.044715 * z * z * z) * SQRT_8_OVER_PI)
 
 
 @triton.jit
 def gelu_tanh_grad(grad, preact):
-    gate, slope = _gelu_gate(preact)
+    # (z s(2 u))' = s(2 u) + z 2 u' s(2 u) s(-2 u), where 1 - tanh(u)^2 would cancel.
+    doubled = (preact + 0.044715 * preact * preact * preact) * SQRT_8_OVER_PI
     inner_grad = (1 + 3 * 0.044715 * preact * preact) * SQRT_8_OVER_PI
-    return grad * (gate + preact * inner_grad * slope)
+    gate = _stable_sigmoid(doubled)
+    return grad * (gate + preact * inner_grad * gate * _stable_sigmoid(-doubled))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BEGIN, END = "<!-- begin clients -->\n", "<!-- end clients -->"
+BEGIN, END = "<!-- clients begin -->\n", "<!-- clients end -->"
 
 
 def pytest_addoption(parser):

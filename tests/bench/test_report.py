@@ -199,7 +199,7 @@ def test_a_page_that_is_not_there_is_named(results, readme, capsys):
         ("traffic", "traffic.csv: no such table"),
         (
             "magic",
-            "section 'magic': allowed are traffic, scaling, codegen, speed, means, claims, predicted",
+            "section 'magic': allowed are traffic, scaling, advice, codegen, speed, means, claims, predicted",
         ),
     ],
 )

@@ -9,8 +9,9 @@ import torch
 from fusemlp.bench import plot, scaling
 from fusemlp.bench.__main__ import main
 from fusemlp.bench.cases import NETS, NetCase
+from fusemlp.bench.cluster import Cluster, nearest_rate
 from fusemlp.bench.roofline import Ceilings
-from fusemlp.bench.scaling import Cluster, Step
+from fusemlp.bench.scaling import Step
 from fusemlp.bench.traffic import count_fusemlp, modelled_us
 
 NET = NetCase("by hand", 1000, 100, (40, 10), 6, dtype=torch.float32)
@@ -120,7 +121,7 @@ def test_latency_is_what_small_batches_cannot_pay(latency, first):
 
 def test_nearest_rate_is_by_log_distance():
     rates = pd.DataFrame({"M": [100, 1000], "N": [8, 8], "K": [8, 8], "tflops": [1.0, 2.0]})
-    assert [scaling.nearest_rate(rates)(M, 8, 8) for M in (310, 320)] == [1.0, 2.0]
+    assert [nearest_rate(rates)(M, 8, 8) for M in (310, 320)] == [1.0, 2.0]
 
 
 @pytest.fixture(scope="module")
