@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from pandas import DataFrame
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -13,10 +14,26 @@ from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import CannotWrite, Diverged, InputError
-from .options import PROG, configuration, parse_options
-from .report import CONFIG, metrics_table, prepare_folder, write_history, write_json, write_report
-from .train import HEADLINE, LAST, Training, make_model
+from .net import make_model
+from .options import PROG, Options, configuration, parse_options, resolve_device, saved_options
+from .predict import BEST, KEPT, SHOWN_ROWS, Run, load_run, predictions_table, write_predictions
+from .reading import read_table
+from .report import (
+    CONFIG,
+    FOLDS,
+    PREDICTIONS,
+    metrics_table,
+    prepare_folder,
+    write_folds,
+    write_history,
+    write_json,
+    write_report,
+)
+from .train import HEADLINE, LAST, Training
 from .verify import run_verify
+
+# What --predict takes for the rows that the run was tested on.
+HELD_OUT = "test"
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -44,42 +61,101 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> int:
     """Do what `main` does, but raise InputError or Diverged instead of printing the error."""
     options = parse_options(argv)
+    if options.predict is not None:
+        return run_predict(options)
     saved = None
     if options.resume:
         saved = load_checkpoint(Path(str(options.out)) / LAST)
         options = parse_options(argv, saved["options"])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    folder = Path(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    training = Training(options, data, folder)
+    folder = Path(options.out or f"runs/{options.source.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if options.folds is not None:
+        return run_folds(options, folder)
+    training = Training(options, load_data(options.source), folder)
     if saved is None:
         prepare_folder(folder, options.overwrite)
     else:
         training.load_state_dict(saved)
-    write_json(folder / CONFIG, configuration(options))
     introduce(training)
-    fit(training)
-
-    metrics, plots = write_report(training)
-    console.print(metrics_table(metrics, f"{data.name}: test split, weights of epoch {training.best_epoch}"))
+    metrics, plots = train_and_report(training)
+    console.print(metrics_table(metrics, f"{training.data.name}: test split, weights of epoch {training.best_epoch}"))
     status = verify(training)
+    show_predictions(load_run(folder, training.device), training.data.test_rows, "held-out rows")
     console.print(f"wrote {folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}")
+    console.print(f"predict on new rows: {PROG} --predict FILE --out {folder}")
     return status
 
 
+def train_and_report(training: Training) -> tuple[dict[str, float], list[Path]]:
+    """Train and write all files of a run but those of `verify`. Returns the test metrics and the plots' paths."""
+    write_json(training.folder / CONFIG, configuration(training.options))
+    write_json(training.folder / KEPT, training.data.to_plain())
+    fit(training)
+    return write_report(training)
+
+
+def run_folds(options: Options, folder: Path) -> int:
+    """Cross-validate: train on each fold, in a folder of its own, and print the mean and the spread of the metrics."""
+    assert options.folds is not None
+    prepare_folder(folder, options.overwrite)
+    found = []
+    for fold in range(options.folds):
+        place = folder / f"fold-{fold + 1}"
+        prepare_folder(place, options.overwrite)
+        training = Training(options, load_data(options.source, fold), place)
+        if fold == 0:
+            introduce(training)
+        found.append(train_and_report(training)[0])
+    write_json(folder / CONFIG, configuration(options))
+    console.print(write_folds(folder, found, f"{options.source.name}: test splits of {options.folds} folds"))
+    console.print(f"wrote {folder}: {FOLDS} and a run for each fold")
+    return 0
+
+
+def run_predict(options: Options) -> int:
+    """Predict on new rows, print the first ones and write all of them."""
+    folder = Path(str(options.out))
+    of_run = load_run(folder, resolve_device(options.device))
+    if options.predict == HELD_OUT:
+        source = saved_options(load_checkpoint(folder / BEST)["options"]).source
+        frame = load_data(source).test_rows
+    else:
+        frame = read_table(str(options.predict), options.sep, options.encoding, options.decimal, "--predict")
+    found = of_run.predict(frame)
+    path = Path(options.to or folder / PREDICTIONS)
+    write_predictions(found, path)
+    ignored = [name for name in frame.columns if name not in (*of_run.columns, *of_run.targets.columns)]
+    if ignored:
+        console.print(f"ignored columns that the net does not read: {', '.join(map(str, ignored))}")
+    show_predictions(of_run, frame, "first rows", found)
+    console.print(f"wrote {len(found)} predictions to {path}")
+    return 0
+
+
+def show_predictions(of_run: Run, frame: DataFrame, what: str, found: DataFrame | None = None) -> None:
+    """Print predictions for the first rows of a table, beside the true targets if it has them."""
+    found = of_run.predict(frame.head(SHOWN_ROWS)) if found is None else found
+    known = all(name in frame.columns for name in of_run.targets.columns)
+    truth = frame[of_run.targets.columns].head(SHOWN_ROWS) if known else None
+    console.print(predictions_table(found, truth, f"predictions for {what}"))
+
+
 def introduce(training: Training) -> None:
-    """Print the number of rows, the layer widths, the number of parameters and the device."""
+    """Print the number of rows, what became of the columns, the layer widths, the parameters and the device."""
     data = training.data
     if data.dropped:
         console.print(f"dropped {data.dropped} rows whose target is missing")
+    for note in data.notes:
+        console.print(note)
     rows = " + ".join(str(len(split)) for split in (data.train, data.val, data.test))
     outputs = "classes" if data.task == "classification" else "targets"
     console.print(f"{data.name}: {data.task}, {rows} rows (training + validation + test), {len(data.labels)} {outputs}")
-    widths = [data.train.x.shape[1], *training.options.hidden, len(data.labels)]
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in make_model(training.options, data).parameters())
+        model = make_model(training.options, data.targets, data.preprocessing)
+    first = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    widths = [first.in_features, *training.options.hidden, len(data.labels)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"MLP {' -> '.join(map(str, widths))}: {parameters:,} parameters on {training.device}")
 
 

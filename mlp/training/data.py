@@ -1,10 +1,12 @@
-"""Load a data set of scikit-learn or a CSV file; split, impute, encode and standardise it; return tensors."""
+"""Load a data set of scikit-learn or a table; choose its columns, split and encode it; return tensors."""
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalIterable=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 # (pandas and scikit-learn ship no type annotations, and the types inferred from their code are too wide)
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +15,14 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 from sklearn import datasets
-from sklearn.compose import ColumnTransformer, make_column_selector
-from sklearn.impute import SimpleImputer
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import LabelEncoder, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import LabelEncoder, StandardScaler
 from torch import Tensor
 
+from .columns import is_numeric, useless
 from .errors import InputError
+from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
+from .reading import read_table
+from .splitting import Rows, count_duplicates, fold_rows, parse_split, split_rows
 
 Task = Literal["classification", "regression"]
 
@@ -35,6 +37,32 @@ DATASETS: dict[str, Callable[..., Any]] = {
 MAX_CLASSES_INFERRED = 20
 MIN_ROWS_PER_CLASS = 5
 MIN_ROWS_REGRESSION = 10
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data come from and how they are read. The help texts of the training command describe the fields."""
+
+    dataset: str = "digits"
+    csv: str | None = None
+    target: str | None = None
+    task: Task | Literal["auto"] = "auto"
+    sep: str | None = None
+    encoding: str | None = None
+    decimal: str | None = None
+    drop: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    max_categories: int = 50
+    many_categories: Many = "group"
+    scaling: Scaling = "standard"
+    split: str = "random"
+    folds: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, or the file name of the table without its suffix."""
+        return self.dataset if self.csv is None else Path(self.csv).stem
 
 
 @dataclass(frozen=True)
@@ -57,28 +85,67 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What the net predicts.
+
+    Attributes:
+        task: "classification" or "regression".
+        columns: Names of the target columns.
+        labels: Names of the classes or of the target columns, one for each output of the network, in order.
+        mean, scale: Of regression targets, which are standardised: one for each column. Empty for classification.
+    """
+
+    task: Task
+    columns: list[str]
+    labels: list[str]
+    mean: list[float] = field(default_factory=list)
+    scale: list[float] = field(default_factory=list)
+
+    def in_own_units(self, y: Tensor) -> np.ndarray:
+        """Convert standardised regression targets to their original units.
+
+        Args:
+            y: Targets or predictions on the CPU, (rows, targets).
+
+        Returns:
+            float64 (rows, targets).
+        """
+        return y.double().numpy() * np.array(self.scale) + np.array(self.mean)
+
+
+@dataclass(frozen=True)
 class Data:
     """A prepared data set.
 
     Attributes:
-        name: Name of the data set, or the file name of the CSV without its suffix.
-        task: "classification" or "regression".
+        name: Name of the data set, or the file name of the table without its suffix.
         train: The training split.
         val: The validation split.
         test: The test split.
-        labels: Names of the classes or of the target columns, one for each output of the network, in order.
-        target_scaler: Converts standardised regression targets to their original units. None for classification.
+        targets: What the net predicts.
+        preprocessing: How columns become inputs.
         dropped: Number of rows that were left out because their target is missing.
+        notes: What a user should know of the columns and the split, in words.
+        test_rows: The columns of the test split as they were read, with the targets.
     """
 
     name: str
-    task: Task
     train: Split
     val: Split
     test: Split
-    labels: list[str]
-    target_scaler: StandardScaler | None
+    targets: Targets
+    preprocessing: Preprocessing
     dropped: int
+    notes: list[str]
+    test_rows: DataFrame
+
+    @property
+    def task(self) -> Task:
+        return self.targets.task
+
+    @property
+    def labels(self) -> list[str]:
+        return self.targets.labels
 
     def fingerprint(self) -> str:
         """Hash the training and validation splits, so that a resumed run can detect that its data have changed.
@@ -92,72 +159,112 @@ class Data:
         return digest.hexdigest()
 
     def in_own_units(self, y: Tensor) -> np.ndarray:
-        """Convert standardised regression targets to their original units.
+        """See `Targets.in_own_units`."""
+        return self.targets.in_own_units(y)
 
-        Args:
-            y: Targets or predictions on the CPU, (rows, targets).
-
-        Returns:
-            float64 (rows, targets).
-        """
-        assert self.target_scaler is not None
-        return np.asarray(self.target_scaler.inverse_transform(y.double().numpy()))
+    def to_plain(self) -> dict[str, Any]:
+        """What prediction needs, as plain data."""
+        return {"targets": asdict(self.targets), "preprocessing": self.preprocessing.to_plain()}
 
 
-def load_data(dataset: str, csv: str | None, target: str | None, task: Task | Literal["auto"], seed: int) -> Data:
+def load_data(source: Source, fold: int = 0) -> Data:
     """Read a data set and prepare it for training.
 
-    60% of the rows are for training, 20% for validation and 20% for testing; for classification the split is stratified
-    by class. Missing numbers are replaced by the median, and numeric columns are standardised. Missing categories
-    become a category of their own, and categorical columns are one-hot encoded. Median, mean, standard deviation and
-    categories are computed from the training split only.
+    60% of the rows are for training, 20% for validation and 20% for testing; for classification a random split is
+    stratified by class. See `preprocessing` for what becomes of the columns.
 
     Args:
-        dataset: A key of DATASETS. Ignored if `csv` is given.
-        csv: Path of a CSV file with a header line, or None.
-        target: Name of the column of `csv` to predict. All other columns are inputs.
-        task: "classification", "regression", or "auto" to choose by `infer_task`.
-        seed: Seed of the random split.
+        source: Where the data come from.
+        fold: With `source.folds`, the fold that is the test split.
 
     Returns:
-        The three splits, on the CPU, with the names of the outputs.
+        The three splits, on the CPU, and all that a prediction needs.
 
     Raises:
         InputError: If the file cannot be read, or its contents do not suit the task. The message names the option.
     """
-    if csv is None:
-        name = dataset
-        features, targets = _read_dataset(dataset)
-    else:
-        name = Path(csv).stem
-        features, targets = _read_csv(csv, str(target))
+    frame, target_columns = _read(source)
+    kind, by = parse_split(source.split, [str(name) for name in frame.columns])
+    targets = frame[target_columns]
     present = targets.notna().all(axis=1)
-    features, targets = features[present], targets[present]
-    if task == "auto":
-        task = infer_task(targets)
+    frame, targets = frame[present].reset_index(drop=True), targets[present].reset_index(drop=True)
+    task = infer_task(targets) if source.task == "auto" else source.task
 
+    of = None if by is None else frame[by]
     if task == "classification":
-        encoder = LabelEncoder().fit(targets.iloc[:, 0])
-        y = np.asarray(encoder.transform(targets.iloc[:, 0]))
-        labels = [str(label) for label in encoder.classes_]
-        _check_classes(y, labels)
-        train, val, test = _split(len(y), seed, stratify=y)
-        scaler = None
-        tensor_y = torch.from_numpy(y).long()
+        described, y = _encode_classes(targets)
+        rows = _rows_of(source, kind, of, y.numpy(), len(frame), fold)
     else:
         _check_regression(targets)
-        labels = [str(column) for column in targets.columns]
-        train, val, test = _split(len(targets), seed)
-        scaler = StandardScaler().fit(targets.iloc[train].to_numpy(float))
-        tensor_y = torch.from_numpy(scaler.transform(targets.to_numpy(float))).float()
+        rows = _rows_of(source, kind, of, None, len(frame), fold)
+        described, y = _standardise(targets, rows.train)
 
-    preprocessor = make_preprocessor().fit(features.iloc[train])
-    tensor_x = torch.from_numpy(np.asarray(preprocessor.transform(features))).float()
+    features, notes = _choose(frame.drop(columns=target_columns), targets, source, by)
+    preprocessing = fit_preprocessing(
+        features.iloc[rows.train], source.scaling, source.max_categories, source.many_categories
+    )
+    x = preprocessing.transform(features)
+    if duplicates := count_duplicates(features, rows):
+        notes.append(f"{_rows(duplicates)} of the validation and test splits have the inputs of a training row")
+    return Data(
+        name=source.name,
+        train=Split(x[rows.train], y[rows.train]),
+        val=Split(x[rows.val], y[rows.val]),
+        test=Split(x[rows.test], y[rows.test]),
+        targets=described,
+        preprocessing=preprocessing,
+        dropped=int((~present).sum()),
+        notes=notes,
+        test_rows=frame.iloc[rows.test].reset_index(drop=True),
+    )
 
-    def split(rows: np.ndarray) -> Split:
-        return Split(tensor_x[rows], tensor_y[rows])
 
-    return Data(name, task, split(train), split(val), split(test), labels, scaler, int((~present).sum()))
+def _encode_classes(targets: DataFrame) -> tuple[Targets, Tensor]:
+    """The classes, and their indices."""
+    encoder = LabelEncoder().fit(targets.iloc[:, 0])
+    y = np.asarray(encoder.transform(targets.iloc[:, 0]))
+    labels = [str(label) for label in encoder.classes_]
+    _check_classes(y, labels)
+    return Targets("classification", list(targets), labels), torch.from_numpy(y).long()
+
+
+def _standardise(targets: DataFrame, train: np.ndarray) -> tuple[Targets, Tensor]:
+    """Targets with mean 0 and standard deviation 1 on the training rows."""
+    y = targets.to_numpy(float)
+    scaler = StandardScaler().fit(y[train])
+    columns = list(targets)
+    described = Targets("regression", columns, columns, scaler.mean_.tolist(), scaler.scale_.tolist())
+    return described, torch.from_numpy(scaler.transform(y)).float()
+
+
+def _rows_of(source: Source, kind: str, of: Any, stratify: np.ndarray | None, rows: int, fold: int) -> Rows:
+    """The rows of the splits; `stratify`: classes of the rows, or None."""
+    if source.folds is None:
+        return split_rows(kind, of, stratify, rows, source.seed)
+    if kind == "time":
+        raise InputError("argument --folds: does not fit --split time, whose order has no folds")
+    folds = fold_rows(kind, of, stratify, rows, source.seed, source.folds)
+    return next(islice(folds, fold, None))
+
+
+def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | None) -> tuple[DataFrame, list[str]]:
+    """Leave out columns that are dropped or useless, and say which."""
+    names = [str(name) for name in features.columns]
+    for option, given in (("drop", source.drop), ("keep", source.keep)):
+        for name in given:
+            if name not in names:
+                listed = ", ".join(map(repr, names))
+                raise InputError(f"argument --{option}: the table has no column {name!r} among its inputs: {listed}")
+    # Groups of new rows are not those of the training rows.
+    groups = [by] if by in names and source.split.startswith("group") and by not in source.keep else []
+    features = features.drop(columns=list({*source.drop, *groups}))
+    reasons = useless(features, targets, source.keep) if source.csv is not None else {}
+    notes = [f"left out column {name!r}, which {reason} (--keep keeps it)" for name, reason in reasons.items()]
+    features = features.drop(columns=list(reasons))
+    if features.shape[1] == 0:
+        why = f": {'; '.join(notes)}" if notes else ""
+        raise InputError(f"argument --csv: {source.csv} has no column other than the target{why}")
+    return features, notes
 
 
 def infer_task(targets: DataFrame) -> Task:
@@ -173,74 +280,34 @@ def infer_task(targets: DataFrame) -> Task:
     if targets.shape[1] > 1:
         return "regression"
     column = targets.iloc[:, 0]
-    if not _is_numeric(column):
+    if not is_numeric(column):
         return "classification"
     whole = bool((column == column.round()).all())
     return "classification" if whole and column.nunique() <= MAX_CLASSES_INFERRED else "regression"
 
 
-def make_preprocessor() -> ColumnTransformer:
-    """Make an unfitted transformer that standardises numeric columns and one-hot encodes all others.
-
-    Missing numbers become the column's median. A category that did not occur in `fit` is encoded as all zeros.
-    """
-    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
-    categories = make_pipeline(
-        SimpleImputer(strategy="constant", fill_value="missing"),
-        OneHotEncoder(handle_unknown="ignore", sparse_output=False),
-    )
-    return ColumnTransformer(
-        [
-            ("numbers", numbers, make_column_selector(dtype_include="number")),
-            ("categories", categories, make_column_selector(dtype_exclude="number")),
-        ],
-        sparse_threshold=0,
-    )
-
-
-def _is_numeric(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _read_dataset(name: str) -> tuple[DataFrame, DataFrame]:
-    bunch = DATASETS[name](as_frame=True)
-    target = bunch.target
-    if isinstance(target, DataFrame):
-        return bunch.data, target
-    if "target_names" in bunch:
-        target = target.map(dict(enumerate(bunch.target_names)))
-    return bunch.data, target.to_frame()
-
-
-def _read_csv(path: str, target: str) -> tuple[DataFrame, DataFrame]:
-    try:
-        frame = pd.read_csv(path, low_memory=False)
-    except FileNotFoundError:
-        raise InputError(f"argument --csv: {path} does not exist") from None
-    except pd.errors.EmptyDataError:
-        raise InputError(f"argument --csv: {path} is empty") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().replace("\n", " ")
-        raise InputError(f"argument --csv: {path} cannot be read as a CSV file: {reason}") from None
+def _read(source: Source) -> tuple[DataFrame, list[str]]:
+    """The table, and the names of its target columns."""
+    if source.csv is None:
+        bunch = DATASETS[source.dataset](as_frame=True)
+        targets = bunch.target if isinstance(bunch.target, DataFrame) else bunch.target.to_frame()
+        if "target_names" in bunch and targets.shape[1] == 1:
+            targets = targets.map(dict(enumerate(bunch.target_names)).get)
+        return pd.concat([bunch.data, targets], axis=1), [str(name) for name in targets.columns]
+    frame = read_table(source.csv, source.sep, source.encoding, source.decimal)
+    path, target = source.csv, str(source.target)
     if target not in frame.columns:
         raise InputError(f"argument --target: {path} has no column {target!r}; it has {_listed(frame.columns)}")
     if frame.empty:
         raise InputError(f"argument --csv: {path} has a header but no rows")
-    if frame.shape[1] == 1:
-        raise InputError(f"argument --csv: {path} has no column other than the target {target!r}")
+    if frame[target].isna().all():
+        raise InputError(f"argument --target: column {target!r} of {path} has no values")
     for column in frame.columns:
-        if frame[column].isna().all():
-            raise InputError(f"argument --csv: column {column!r} of {path} has no values")
-        if _is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
+        if is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
             raise InputError(
                 f"argument --csv: column {column!r} of {path} contains infinity or a number too large for float32"
             )
-    features = frame.drop(columns=target)
-    for column in features:
-        if not _is_numeric(features[column]):
-            # Booleans are converted as well, so that the imputer can replace a missing one by the string "missing".
-            features[column] = features[column].map(str, na_action="ignore").astype("object")
-    return features, frame[[target]]
+    return frame, [target]
 
 
 def _check_classes(y: np.ndarray, labels: list[str]) -> None:
@@ -257,20 +324,13 @@ def _check_classes(y: np.ndarray, labels: list[str]) -> None:
 
 def _check_regression(targets: DataFrame) -> None:
     for name, column in targets.items():
-        if not _is_numeric(column):
+        if not is_numeric(column):
             raise InputError(f"argument --task: regression needs numbers, but column {name!r} holds {column.iloc[0]!r}")
     if len(targets) < MIN_ROWS_REGRESSION:
         raise InputError(
             f"argument --csv: only {_rows(len(targets))} with a target; a 60/20/20 split needs at least "
             f"{MIN_ROWS_REGRESSION}"
         )
-
-
-def _split(rows: int, seed: int, stratify: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    train, rest = train_test_split(np.arange(rows), test_size=0.4, random_state=seed, stratify=stratify)
-    stratify = None if stratify is None else stratify[rest]
-    val, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=stratify)
-    return train, val, test
 
 
 def _rows(count: int) -> str:

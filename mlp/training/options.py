@@ -9,17 +9,18 @@ from argparse import (
     _ArgumentGroup,
 )
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
 
 from ..model import Init
 from ..reference import ACTIVATIONS, Activation
-from .data import DATASETS, Task
+from .data import DATASETS, Source, Task
 from .errors import InputError
 from .loss import LOSSES
 from .optim import OPTIMIZERS, SCHEDULES
+from .preprocessing import Many, Scaling
 
 PROG = "fusemlp-train"
 
@@ -32,6 +33,16 @@ class Options:
     csv: str | None
     target: str | None
     task: Task | Literal["auto"]
+    sep: str | None
+    encoding: str | None
+    decimal: str | None
+    drop: list[str]
+    keep: list[str]
+    max_categories: int
+    many_categories: Many
+    scaling: Scaling
+    split: str
+    folds: int | None
     hidden: list[int]
     activation: Activation
     batch_norm: bool
@@ -60,10 +71,17 @@ class Options:
     overwrite: bool
     resume: bool
     verify: bool
+    predict: str | None
+    to: str | None
+
+    @property
+    def source(self) -> Source:
+        """Where the data come from and how they are read."""
+        return Source(**{each.name: getattr(self, each.name) for each in fields(Source)})
 
 
 # Options that do not change what a run computes: where it is written and whether the kernels are checked.
-HOUSEKEEPING = ("out", "overwrite", "resume", "verify")
+HOUSEKEEPING = ("out", "overwrite", "resume", "verify", "predict", "to")
 
 
 def configuration(options: Options) -> dict[str, Any]:
@@ -93,6 +111,8 @@ def number(kind: type, allowed: str, accepts: Callable[[float], bool]) -> Callab
 
 
 count = number(int, "a whole number of at least 1", lambda value: value >= 1)
+two_or_more = number(int, "a whole number of at least 2", lambda value: value >= 2)
+three_or_more = number(int, "a whole number of at least 3", lambda value: value >= 3)
 count_or_zero = number(int, "a whole number of at least 0", lambda value: value >= 0)
 seed = number(int, "a whole number between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
@@ -111,13 +131,48 @@ class Parser(ArgumentParser):
 def _add_data_options(data: _ArgumentGroup) -> None:
     source = data.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=DATASETS, default="digits", help="data set of scikit-learn (digits)")
-    source.add_argument("--csv", metavar="FILE", help="CSV file with a header line, instead of --dataset")
+    source.add_argument("--csv", metavar="FILE", help="CSV file with a header line, or .parquet, instead of --dataset")
     data.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
     data.add_argument(
         "--task",
         choices=["auto", *get_args(Task)],
         default="auto",
         help="auto: classification if the target is text or has at most 20 distinct whole numbers, else regression",
+    )
+    data.add_argument("--sep", metavar="CHARACTER", help="separator of the CSV file (found by itself)")
+    data.add_argument("--encoding", metavar="NAME", help="encoding of the CSV file (found by itself)")
+    data.add_argument("--decimal", choices=[".", ","], help="decimal sign of the CSV file (found by itself)")
+    data.add_argument("--drop", nargs="+", metavar="COLUMN", default=[], help="columns that are no inputs")
+    data.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="COLUMN",
+        default=[],
+        help="columns that are inputs even if they are constant, name the rows or tell the target",
+    )
+    data.add_argument(
+        "--max-categories", type=two_or_more, metavar="N", default=50, help="categories of a column at most (50)"
+    )
+    data.add_argument(
+        "--many-categories",
+        choices=get_args(Many),
+        default="group",
+        help="of a column with more: group the rarest, or embed all as learned vectors (group)",
+    )
+    data.add_argument(
+        "--scaling",
+        choices=get_args(Scaling),
+        default="standard",
+        help="of numbers: mean 0 and deviation 1; center: mean 0; whiten: also uncorrelated (standard)",
+    )
+    data.add_argument(
+        "--split",
+        metavar="HOW",
+        default="random",
+        help="random; time:COLUMN, the latest rows for testing; group:COLUMN, equal values stay together (random)",
+    )
+    data.add_argument(
+        "--folds", type=three_or_more, metavar="K", help="cross-validation on K folds, with mean and spread"
     )
 
 
@@ -206,6 +261,12 @@ def _add_run_options(run: _ArgumentGroup) -> None:
         default=True,
         help="after training, compare the Triton kernels with PyTorch on one batch",
     )
+    run.add_argument(
+        "--predict",
+        metavar="FILE",
+        help="train nothing: predict on the rows of FILE, or of the test split ('test'), with the run in --out",
+    )
+    run.add_argument("--to", metavar="FILE", help="where predictions are written (predictions.csv in --out)")
 
 
 def make_parser() -> Parser:
@@ -246,6 +307,11 @@ def parse_options(argv: Sequence[str] | None = None, saved: dict[str, Any] | Non
     return options
 
 
+def saved_options(saved: dict[str, Any]) -> Options:
+    """The options of a run, from its `configuration`."""
+    return Options(**{**vars(make_parser().parse_args([])), **saved})
+
+
 def _check(options: Options) -> None:
     if options.csv is not None and options.target is None:
         raise InputError("argument --target: required with --csv")
@@ -256,6 +322,12 @@ def _check(options: Options) -> None:
             f"argument --batch-size: {options.batch_size}; --batch-norm needs at least 3, so that no batch has only "
             "one row"
         )
+    if options.predict is not None and options.out is None:
+        raise InputError("argument --predict: needs --out, the folder of the run that predicts")
+    if options.to is not None and options.predict is None:
+        raise InputError(f"argument --to: {options.to!r} given without --predict; allowed only with --predict")
+    if options.folds is not None and options.resume:
+        raise InputError("argument --folds: cannot be resumed; leave out --resume")
     if options.resume and options.out is None:
         raise InputError("argument --resume: needs --out, the folder of the run to continue")
     if options.amp == "fp16" and resolve_device(options.device).type != "cuda":

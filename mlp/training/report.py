@@ -11,11 +11,13 @@ from .checkpoint import atomic_write
 from .errors import CannotWrite, InputError
 from .metrics import evaluate
 from .plots import figures
-from .train import BEST, LAST, Training, load_best, predict
+from .predict import BEST, KEPT, predict
+from .train import LAST, Training, load_best
 from .verify import REPORT
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.csv"
-FILES = (CONFIG, METRICS, HISTORY, LAST, BEST, REPORT)
+PREDICTIONS, FOLDS = "predictions.csv", "folds.csv"
+FILES = (CONFIG, METRICS, HISTORY, LAST, BEST, KEPT, REPORT, PREDICTIONS, FOLDS)
 PLOTS = ("loss", "roc", "calibration", "confusion", "predicted_vs_true", "residuals")
 
 
@@ -94,6 +96,29 @@ def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
         with atomic_write(plots[-1]) as file:
             figure.savefig(file, format="png")
     return metrics, plots
+
+
+def write_folds(folder: Path, found: list[dict[str, float]], title: str) -> Table:
+    """Write the metrics of all folds to folds.csv.
+
+    Args:
+        folder: Folder of the run.
+        found: The metrics of each fold.
+        title: Title of the table.
+
+    Returns:
+        A table of the mean, the standard deviation and the range of each metric.
+    """
+    frame = pd.DataFrame(found)
+    with atomic_write(folder / FOLDS) as file:
+        frame.assign(fold=range(1, len(frame) + 1)).to_csv(file, index=False)
+    table = Table("metric", title=title, min_width=len(title))
+    for name in ("mean", "standard deviation", "lowest", "highest"):
+        table.add_column(name, justify="right")
+    for name, values in frame.items():
+        figures = values.mean(), values.std(), values.min(), values.max()
+        table.add_row(str(name), *(f"{figure:.4f}" for figure in figures))
+    return table
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> Table:

@@ -10,33 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import MLP
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Data
 from .errors import Diverged, InputError
 from .loss import make_loss
 from .metrics import evaluate
+from .net import make_model
 from .optim import make_optimizer, make_scheduler, penalised
 from .options import Options, configuration, resolve_device
+from .predict import BEST, predict
 
 LAST = "checkpoint.pt"
-BEST = "best.pt"
 HEADLINE = {"classification": "accuracy", "regression": "R2"}
-PREDICT_ROWS = 8192
-
-
-def make_model(options: Options, data: Data) -> MLP:
-    """Make the network that the options describe, in float32 on the default device."""
-    return MLP(
-        data.train.x.shape[1],
-        options.hidden,
-        len(data.labels),
-        activation=options.activation,
-        batch_norm=options.batch_norm,
-        dropout=options.dropout,
-        init=options.init,
-        checkpoint=options.checkpoint_activations,
-    )
 
 
 class Training:
@@ -74,7 +59,7 @@ class Training:
 
     def build(self) -> nn.Module:
         """Make the model on the device where it is trained."""
-        return make_model(self.options, self.data).to(self.device)
+        return make_model(self.options, self.data.targets, self.data.preprocessing).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain data."""
@@ -284,21 +269,6 @@ class Training:
         return Diverged(
             f"epoch {epoch}: {what}; the first value that is not finite: {where}; {kept} holds epoch {self.epoch}"
         )
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Compute the model's output in evaluation mode, in parts of at most PREDICT_ROWS rows.
-
-    Args:
-        model: The model. It is left in evaluation mode.
-        x: Inputs on the model's device, float32 (rows, in_features).
-
-    Returns:
-        float32 (rows, outputs).
-    """
-    model.eval()
-    return torch.cat([model(part).float() for part in x.split(PREDICT_ROWS)])
 
 
 @contextmanager

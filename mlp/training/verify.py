@@ -25,8 +25,9 @@ from .checkpoint import atomic_write, load_checkpoint
 from .data import load_data
 from .errors import InputError
 from .loss import Loss, make_loss
-from .options import Options, resolve_device
-from .train import BEST, make_model
+from .net import make_model
+from .options import resolve_device, saved_options
+from .predict import BEST
 
 ROWS = 64
 # Allowed difference as a fraction of the largest entry: both backends round float32 sums of a few thousand terms, in
@@ -137,12 +138,12 @@ def verify(folder: Path) -> int:
         InputError: If the checkpoint or the data of the run cannot be read.
     """
     best = load_checkpoint(folder / BEST)
-    options = Options(**best["options"], out=None, overwrite=False, resume=False, verify=True)
+    options = saved_options(best["options"])
     device = resolve_device(options.device)
     if device.type == "cpu" and not INTERPRET:
         return run_verify(folder, device)
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
-    model = make_model(options, data).to(device)
+    data = load_data(options.source)
+    model = make_model(options, data.targets, data.preprocessing).to(device)
     model.load_state_dict(best["model"])
     batch = data.train.to(device)
     loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, device)

@@ -21,6 +21,7 @@ from ...mlp.training.command import console, fit, introduce, verify
 from ...mlp.training.data import Data, load_data
 from ...mlp.training.errors import CannotWrite, Diverged, InputError
 from ...mlp.training.options import Options, configuration, count, make_parser, parse_options, resolve_device
+from ...mlp.training.predict import KEPT
 from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
 from ...mlp.training.train import Training
 from ..collectives import Ranks
@@ -218,8 +219,11 @@ def run(argv: Sequence[str]) -> int:
             f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
             "cpu, cuda"
         )
+    if options.predict is not None or options.folds is not None:
+        name = "predict" if options.predict is not None else "folds"
+        raise InputError(f"argument --{name}: runs in one process: python -m fusemlp.mlp")
     torch.set_num_threads(options.threads or 1)
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    data = load_data(options.source)
     device_type = resolve_device(options.device).type
     layout = make_layout(degrees)
     mesh = join(layout, timedelta(seconds=degrees.timeout), options, data, device_type)
@@ -232,6 +236,7 @@ def run(argv: Sequence[str]) -> int:
         prepare(folder, options.overwrite or restarts() > 0)
     if first:
         write_json(folder / CONFIG, configuration(options))
+        write_json(folder / KEPT, data.to_plain())
         introduce(training)
         sizes = {"pipeline": layout.pp, f"data, {layout.dp_mode}": layout.dp, "tensor": layout.tp}
         console.print(f"on {' x '.join(f'{size} ({name})' for name, size in sizes.items())} ranks")

@@ -22,11 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
+from ...mlp.model import MLP
 from ...mlp.training.checkpoint import load_checkpoint, save_checkpoint
 from ...mlp.training.data import Data
 from ...mlp.training.errors import Diverged, InputError
+from ...mlp.training.net import make_model
 from ...mlp.training.options import Options, configuration
-from ...mlp.training.train import BEST, PREDICT_ROWS, Training, make_model
+from ...mlp.training.predict import BEST, PREDICT_ROWS
+from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike, random_state
 from .checkpoint import POINTER, PROGRESS, last_checkpoint, read_checkpoint, whole_weights, write_checkpoint
@@ -77,7 +80,7 @@ class ParallelTraining(Training):
 
     def build(self) -> nn.Module:
         with torch.device("meta"):
-            whole = make_model(self.options, self.data)
+            whole = self._make_model(self.options)
         ends = self.stage_ends(whole) if self.layout.pp > 1 else []
         stages = build_stages(whole, self.layout, self.mesh, self.device)
         if self.layout.pp > 1:
@@ -88,6 +91,12 @@ class ParallelTraining(Training):
             self.pipeline = Pipeline(stages, ends, group, self.layout.schedule, self.loss_of_part)
         return nn.Sequential(OrderedDict((f"stage{number}", stage) for number, stage in stages.items()))
 
+    def _make_model(self, options: Options) -> MLP:
+        model = make_model(options, self.data.targets, self.data.preprocessing)
+        if not isinstance(model, MLP):
+            raise InputError("argument --many-categories: embed does not fit several ranks; allowed is group")
+        return model
+
     @torch.no_grad()
     def stage_ends(self, model: nn.Module) -> list[Tensor]:
         """One row of the input of every pipeline stage, and of the output of the last one, on the meta device."""
@@ -96,7 +105,7 @@ class ParallelTraining(Training):
         widths = [layers[first].in_features for first in bounds[:-1]] + [len(self.data.labels)]
         # A net of the same layers, as narrow as can be, shows what autocast makes of the dtypes.
         with torch.device("meta"):
-            narrow = make_model(replace(self.options, hidden=[1] * len(self.options.hidden)), self.data)
+            narrow = self._make_model(replace(self.options, hidden=[1] * len(self.options.hidden)))
         narrow.to_empty(device=self.device)
         ends = [self.data.train.x[:1].to(self.device)]
         with self.autocast():

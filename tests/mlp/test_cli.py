@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from fusemlp.mlp.training import plots
 from fusemlp.mlp.training.command import main
-from fusemlp.mlp.training.data import load_data
+from fusemlp.mlp.training.data import Source, load_data
 
 QUICK = ["--no-verify", "--threads", "1"]
 SMALL = ["--hidden", "16", "--epochs", "2"]
@@ -24,7 +24,7 @@ def test_a_classification_run_leaves_all_its_files(tmp_path, capsys):
     assert main(["--dataset", "wine", "--out", str(tmp_path / "run"), *QUICK, *SMALL]) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "metrics.json", "history.csv", "config.json", "checkpoint.pt", "best.pt",
+        "metrics.json", "history.csv", "config.json", "checkpoint.pt", "best.pt", "preprocessing.json",
         "loss.png", "roc.png", "calibration.png", "confusion.png",
     }  # fmt: skip
     shown = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
 
 
 def test_plots_show_what_they_should():
-    data = load_data("digits", None, None, "auto", 0)
+    data = load_data(Source(dataset="digits"))
     history = [{"epoch": i, "train_loss": 1 / i, "val_loss": 1.5 / i} for i in range(1, 6)]
     output = data.test.x[:, :10]
     figures = dict(plots.figures(history, 4, output, data))

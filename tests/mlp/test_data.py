@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fusemlp.mlp.training.data import DATASETS, load_data
+from fusemlp.mlp.training.data import DATASETS, Source, load_data
 from fusemlp.mlp.training.errors import InputError
 
 
-def load(csv=None, target=None, task="auto", dataset="iris", seed=0):
-    return load_data(dataset, None if csv is None else str(csv), target, task, seed)
+def load(csv=None, target=None, task="auto", dataset="iris", seed=0, **options):
+    return load_data(Source(dataset, None if csv is None else str(csv), target, task, seed=seed, **options))
 
 
 def people(rows=60):
@@ -47,7 +47,7 @@ def test_split_is_stratified():
 
 def test_no_row_is_in_two_splits(tmp_path):
     frame = pd.DataFrame({"id": np.arange(100.0), "y": np.arange(100) % 2})
-    data = load(write(frame, tmp_path), "y")
+    data = load(write(frame, tmp_path), "y", keep=["id"])
     ids = torch.cat([split.x[:, 0] for split in (data.train, data.val, data.test)])
     assert len(ids.unique()) == 100
 
@@ -110,7 +110,9 @@ def test_a_seed_decides_the_split():
 BAD_TABLES = [
     pytest.param(people(), "lefd", "auto", "--target: .*no column 'lefd'; it has 'age', 'town'", id="no-target"),
     pytest.param(people().assign(left="x"), "left", "auto", "--target: every row has class 'x'", id="one-class"),
-    pytest.param(people().assign(age=None), "left", "auto", "--csv: column 'age' .* has no values", id="empty-column"),
+    pytest.param(
+        people().assign(left=None), "left", "auto", "--target: column 'left' .* has no values", id="no-values"
+    ),
     pytest.param(people().assign(age=np.inf), "left", "auto", "--csv: column 'age' .* infinity", id="infinity"),
     pytest.param(
         people().assign(age=1e300), "left", "auto", "--csv: column 'age' .* too large for float32", id="overflow"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fusemlp.mlp.training.checkpoint import load_checkpoint
 from fusemlp.mlp.training.command import main
-from fusemlp.mlp.training.data import load_data
+from fusemlp.mlp.training.data import Source, load_data
 from fusemlp.mlp.training.errors import Diverged, InputError
 from fusemlp.mlp.training.loss import make_loss
 from fusemlp.mlp.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler, penalised
@@ -21,7 +21,7 @@ from fusemlp.mlp.training.train import BEST, LAST, Training
 
 def training(tmp_path, *argv, dataset="iris"):
     options = parse_options(["--dataset", dataset, "--threads", "1", "--no-verify", *map(str, argv)])
-    data = load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    data = load_data(options.source)
     return Training(options, data, tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_clipping_bounds_the_norm(tmp_path):
 
 
 def test_class_weights_are_scikit_learns_balanced(tmp_path):
-    data = load_data("breast_cancer", None, None, "auto", 0)
+    data = load_data(Source(dataset="breast_cancer"))
     loss = make_loss("cross_entropy", data, 0.0, "balanced")
     counts = torch.bincount(data.train.y)
     per_class = [loss.count(torch.tensor([label])).item() for label in (0, 1)]

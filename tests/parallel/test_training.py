@@ -24,7 +24,7 @@ NORMALISED = ["--batch-norm", "--optimizer", "momentum"]
 
 def options_and_data(options):
     options = parse_options([*OPTIONS, *options])
-    return options, load_data(options.dataset, options.csv, options.target, options.task, options.seed)
+    return options, load_data(options.source)
 
 
 def start(layout, folder, *options):

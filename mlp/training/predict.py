@@ -1,0 +1,183 @@
+"""Predict on new rows with the best weights of a run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pandas import DataFrame
+from rich.table import Table
+from torch import Tensor, nn
+
+from .checkpoint import atomic_write, load_checkpoint
+from .data import Targets
+from .errors import InputError
+from .net import make_model
+from .options import saved_options
+from .preprocessing import Preprocessing
+
+BEST, KEPT = "best.pt", "preprocessing.json"
+PREDICT_ROWS = 8192
+SHOWN_ROWS = 10
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Compute the model's output in evaluation mode, in parts of at most PREDICT_ROWS rows.
+
+    Args:
+        model: The model. It is left in evaluation mode.
+        x: Inputs on the model's device, float32 (rows, in_features).
+
+    Returns:
+        float32 (rows, outputs).
+    """
+    model.eval()
+    return torch.cat([model(part).float() for part in x.split(PREDICT_ROWS)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained net and all that it needs to predict on new rows.
+
+    Attributes:
+        model: The net with the weights of its best epoch.
+        targets: What it predicts.
+        preprocessing: How columns become its inputs.
+        device: Where it is.
+    """
+
+    model: nn.Module
+    targets: Targets
+    preprocessing: Preprocessing
+    device: torch.device
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a table must have."""
+        return [column.name for column in self.preprocessing.columns]
+
+    def outputs(self, frame: DataFrame) -> Tensor:
+        """The net's outputs (rows, outputs) on the CPU: logits, or standardised values.
+
+        Raises:
+            InputError: If a column is missing, or holds text instead of numbers.
+        """
+        if missing := [name for name in self.columns if name not in frame.columns]:
+            raise InputError(
+                f"argument --predict: the table lacks {_columns(missing)}; the net reads {_columns(self.columns)}"
+            )
+        if not len(frame):
+            raise InputError("argument --predict: the table has no rows")
+        x = self.preprocessing.transform(_with_numbers(frame, self.preprocessing))
+        return predict(self.model, x.to(self.device)).cpu()
+
+    def predict(self, frame: DataFrame) -> DataFrame:
+        """Predict.
+
+        Args:
+            frame: A table with the columns of the training data, in any order. Other columns are ignored. Unknown and
+                missing categories are allowed.
+
+        Returns:
+            A row for each row, with its number from 1. Classification: the class, and the probability of every class.
+            Regression: the targets in their own units.
+
+        Raises:
+            InputError: If a column is missing, or holds text instead of numbers.
+        """
+        output, targets = self.outputs(frame), self.targets
+        if targets.task == "regression":
+            found = DataFrame(targets.in_own_units(output), columns=targets.labels)
+        else:
+            probabilities = output.double().softmax(1)
+            columns = [f"p({label})" for label in targets.labels]
+            found = DataFrame(probabilities.numpy(), columns=columns)
+            found.insert(0, targets.columns[0], [targets.labels[i] for i in probabilities.argmax(1).tolist()])
+        found.insert(0, "row", range(1, len(found) + 1))
+        return found
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
+    """Load a trained run.
+
+    Args:
+        folder: Folder of the run.
+        device: Where the net predicts.
+
+    Raises:
+        InputError: If the folder holds no finished run.
+    """
+    folder = Path(folder)
+    best = load_checkpoint(folder / BEST)
+    try:
+        kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        targets = Targets(**kept["targets"])
+        preprocessing = Preprocessing.from_plain(kept["preprocessing"])
+    except FileNotFoundError:
+        raise InputError(f"argument --out: {folder / KEPT} does not exist; the run is of an older version") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"argument --out: {folder / KEPT} is damaged: {error}") from None
+    model = make_model(saved_options(best["options"]), targets, preprocessing)
+    model.load_state_dict(best["model"])
+    return Run(model.to(device).eval(), targets, preprocessing, torch.device(device))
+
+
+def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:
+    """The columns that are read, with numbers as numbers also where a file holds none of them."""
+    found = {}
+    for column in preprocessing.columns:
+        values = frame[column.name]
+        if column.kind == "number":
+            try:
+                values = pd.to_numeric(values)
+            except (ValueError, TypeError) as error:
+                raise InputError(f"argument --predict: column {column.name!r} must hold numbers: {error}") from None
+        found[column.name] = values
+    return DataFrame(found, index=frame.index)
+
+
+def write_predictions(found: DataFrame, path: Path) -> None:
+    """Write predictions to a CSV file, atomically."""
+    with atomic_write(path) as file:
+        found.to_csv(file, index=False)
+
+
+def predictions_table(found: DataFrame, truth: Any, title: str) -> Table:
+    """Format the first rows of predictions for the console.
+
+    Args:
+        found: Predictions of `Run.predict`.
+        truth: The true targets of these rows as a table, or None.
+        title: Title of the table.
+    """
+    table = Table(title=title, title_justify="left")
+    shown = found.head(SHOWN_ROWS)
+    probabilities = [name for name in shown if name.startswith("p(")]
+    names = [name for name in shown if name not in probabilities]
+    for name in names:
+        table.add_column(name if name == "row" else f"predicted {name}", justify="right")
+    if probabilities:
+        table.add_column("probability", justify="right")
+    for name in truth if truth is not None else ():
+        table.add_column(f"true {name}", justify="right")
+    for position, row in enumerate(shown.itertuples(index=False)):
+        values = dict(zip(shown.columns, row, strict=True))
+        cells = [_cell(values[name]) for name in names]
+        if probabilities:
+            cells.append(f"{max(values[name] for name in probabilities):.3f}")
+        if truth is not None:
+            cells += [_cell(value) for value in truth.iloc[position]]
+        table.add_row(*cells)
+    return table
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _columns(names: list[str]) -> str:
+    listed = ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return f"column {listed}" if len(names) == 1 else f"columns {listed}"

@@ -1,0 +1,111 @@
+"""Read a table from a CSV or Parquet file."""
+
+import csv
+import io
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+from pandas import DataFrame
+
+from .errors import InputError
+
+SEPARATORS = ",;\t|"
+SAMPLE_BYTES = 2**16
+# In the order in which they are tried. The last one can read anything.
+ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")
+# Besides those that pandas knows.
+MISSING = ["?"]
+DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+
+
+def read_table(
+    path: str, sep: str | None = None, encoding: str | None = None, decimal: str | None = None, option: str = "--csv"
+) -> DataFrame:
+    """Read a table.
+
+    Args:
+        path: CSV file with a header line, or Parquet file (.parquet).
+        sep: Separator; None: the one of SEPARATORS that fits the first lines.
+        encoding: Encoding; None: the first of ENCODINGS that fits, or that of a byte order mark.
+        decimal: Decimal sign; None: a comma if a column would then hold numbers, and the separator is no comma.
+        option: Name of the option that gives the file, for error messages.
+
+    Raises:
+        InputError: If the file cannot be read. The message names the option.
+    """
+    if path.endswith(".parquet"):
+        return _read_parquet(path, option)
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"argument {option}: {path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"argument {option}: {path} cannot be read: {error.strerror}") from None
+    if not raw.strip():
+        raise InputError(f"argument {option}: {path} is empty")
+    encoding = encoding or find_encoding(raw)
+    try:
+        sep = sep or find_separator(raw[:SAMPLE_BYTES].decode(encoding, errors="ignore"))
+        frame = _parse(raw, sep, encoding, decimal or ".")
+        if decimal is None and sep != "," and _has_decimal_commas(frame):
+            frame = _parse(raw, sep, encoding, ",")
+    except (LookupError, UnicodeError, OSError, ValueError) as error:
+        reason = str(error).strip().replace("\n", " ")
+        raise InputError(f"argument {option}: {path} cannot be read as a CSV file: {reason}") from None
+    return frame
+
+
+def _read_parquet(path: str, option: str) -> DataFrame:
+    if find_spec("pyarrow") is None:
+        raise InputError(f"argument {option}: {path} is a Parquet file, which needs pyarrow: pip install pyarrow")
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise InputError(f"argument {option}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().replace("\n", " ")
+        raise InputError(f"argument {option}: {path} cannot be read as a Parquet file: {reason}") from None
+
+
+def _parse(raw: bytes, sep: str, encoding: str, decimal: str) -> DataFrame:
+    thousands = "." if decimal == "," else None
+    frame = pd.read_csv(
+        io.BytesIO(raw),
+        sep=sep,
+        encoding=encoding,
+        decimal=decimal,
+        thousands=thousands,
+        low_memory=False,
+        na_values=MISSING,
+        skipinitialspace=True,
+    )
+    return frame.rename(columns=str)
+
+
+def find_encoding(raw: bytes) -> str:
+    """The encoding of a file's contents: that of its byte order mark, or the first of ENCODINGS that fits."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    for encoding in ENCODINGS:
+        try:
+            raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return encoding
+    raise AssertionError("latin-1 reads anything")
+
+
+def find_separator(sample: str) -> str:
+    """The separator of the first lines of a CSV file; a comma if there is none."""
+    lines = sample.splitlines()
+    try:
+        return csv.Sniffer().sniff("\n".join(lines[:50]), SEPARATORS).delimiter
+    except csv.Error:
+        return max(SEPARATORS, key=lines[0].count)
+
+
+def _has_decimal_commas(frame: DataFrame) -> bool:
+    texts = [column.dropna().astype(str) for _, column in frame.items() if not pd.api.types.is_numeric_dtype(column)]
+    return any(len(text) > 0 and text.str.fullmatch(DECIMAL_COMMA).all() for text in texts)
