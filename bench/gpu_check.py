@@ -53,7 +53,7 @@ PASSED = "passed"
 BENCHMARKS = {"nets": "mlp", "operations": "ops"}
 CASES = {"nets": NETS, "operations": OPERATIONS}
 CORRECTNESS = (
-    *("functional", "modules", "model", "chain", "distributed", "block", "recompute", "fuse"),
+    *("functional", "modules", "model", "chain", "devices", "distributed", "block", "recompute", "fuse"),
     *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "opinfo"),
 )
 TESTS = {

@@ -32,7 +32,8 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
         target: True class indices on the CPU, int64 (rows,).
 
     Returns:
-        The value of each metric, by name. The ROC-AUC of more than two classes is the average of one against the rest.
+        The value of each metric, by name. The ROC-AUC of more than two classes is the average of one against the rest,
+        over the classes that some rows belong to; it is left out if there is none.
         The expected calibration error has 15 bins.
     """
     classes = probabilities.shape[1]
@@ -43,18 +44,21 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
         average="macro",
         zero_division=0,  # pyright: ignore[reportArgumentType]
     )
-    if classes == 2:
-        roc_auc = metrics.roc_auc_score(true, scores[:, 1])
-    else:
-        roc_auc = metrics.roc_auc_score(true, scores, multi_class="ovr", labels=np.arange(classes))
+    recalls = [(predicted[true == label] == label).mean() for label in np.unique(true)]
+    # Of a class that no row or every row belongs to there is none.
+    of_class = [
+        metrics.roc_auc_score(true == label, scores[:, label])
+        for label in (range(classes) if classes > 2 else [1])
+        if 0 < (true == label).sum() < len(true)
+    ]
     calibration = multiclass_calibration_error(probabilities, target, classes, n_bins=15)
     return {
         "accuracy": float(metrics.accuracy_score(true, predicted)),
-        "balanced accuracy": float(metrics.balanced_accuracy_score(true, predicted)),
+        "balanced accuracy": float(np.mean(recalls)),
         "precision": float(precision),
         "recall": float(recall),
         "F1": float(f1),
-        "ROC-AUC": float(roc_auc),
+        **({"ROC-AUC": float(np.mean(of_class))} if of_class else {}),
         "expected calibration error": calibration.item(),
     }
 

@@ -61,7 +61,9 @@ def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figur
     `true` is int64 (rows,), `probabilities` floating point (rows, classes).
     """
     figure, axes = _subplots(title=f"{data.name}: ROC on the test split", width=6.4, height=6)
-    drawn = [1] if len(data.labels) == 2 else range(len(data.labels))[:MAX_CLASSES_DRAWN]
+    labels = [1] if len(data.labels) == 2 else range(len(data.labels))
+    # Of a class that no row or every row belongs to there is no curve.
+    drawn = [label for label in labels if 0 < (true == label).sum() < len(true)][:MAX_CLASSES_DRAWN]
     for label in drawn:
         RocCurveDisplay.from_predictions(
             true == label,
@@ -72,7 +74,8 @@ def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figur
         )
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
+    if drawn:
+        axes.legend(fontsize="small", loc="lower right")
     return figure
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from .errors import InputError
 
@@ -17,7 +17,8 @@ SAMPLE_BYTES = 2**16
 ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")
 # Besides those that pandas knows.
 MISSING = ["?"]
-DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+# A whole number, with points between thousands or not, or a number with a decimal comma.
+DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 
 
 def read_table(
@@ -29,7 +30,8 @@ def read_table(
         path: CSV file with a header line, or Parquet file (.parquet).
         sep: Separator; None: the one of SEPARATORS that fits the first lines.
         encoding: Encoding; None: the first of ENCODINGS that fits, or that of a byte order mark.
-        decimal: Decimal sign; None: a comma if a column would then hold numbers, and the separator is no comma.
+        decimal: Decimal sign; None: in each column the one that makes it numbers. A comma, with or without points
+            between thousands, is only considered if it is not the separator.
         option: Name of the option that gives the file, for error messages.
 
     Raises:
@@ -48,12 +50,12 @@ def read_table(
     encoding = encoding or find_encoding(raw)
     try:
         sep = sep or find_separator(raw[:SAMPLE_BYTES].decode(encoding, errors="ignore"))
-        frame = _parse(raw, sep, encoding, decimal or ".")
-        if decimal is None and sep != "," and _has_decimal_commas(frame):
-            frame = _parse(raw, sep, encoding, ",")
+        frame = _parse(raw, sep, encoding)
     except (LookupError, UnicodeError, OSError, ValueError) as error:
         reason = str(error).strip().replace("\n", " ")
         raise InputError(f"argument {option}: {path} cannot be read as a CSV file: {reason}") from None
+    if decimal == "," or (decimal is None and sep != ","):
+        return DataFrame({name: _without_decimal_commas(column) for name, column in frame.items()})
     return frame
 
 
@@ -69,17 +71,9 @@ def _read_parquet(path: str, option: str) -> DataFrame:
         raise InputError(f"argument {option}: {path} cannot be read as a Parquet file: {reason}") from None
 
 
-def _parse(raw: bytes, sep: str, encoding: str, decimal: str) -> DataFrame:
-    thousands = "." if decimal == "," else None
+def _parse(raw: bytes, sep: str, encoding: str) -> DataFrame:
     frame = pd.read_csv(
-        io.BytesIO(raw),
-        sep=sep,
-        encoding=encoding,
-        decimal=decimal,
-        thousands=thousands,
-        low_memory=False,
-        na_values=MISSING,
-        skipinitialspace=True,
+        io.BytesIO(raw), sep=sep, encoding=encoding, low_memory=False, na_values=MISSING, skipinitialspace=True
     )
     return frame.rename(columns=str)
 
@@ -106,6 +100,12 @@ def find_separator(sample: str) -> str:
         return max(SEPARATORS, key=lines[0].count)
 
 
-def _has_decimal_commas(frame: DataFrame) -> bool:
-    texts = [column.dropna().astype(str) for _, column in frame.items() if not pd.api.types.is_numeric_dtype(column)]
-    return any(len(text) > 0 and text.str.fullmatch(DECIMAL_COMMA).all() for text in texts)
+def _without_decimal_commas(column: Series) -> Series:
+    """A column of numbers with decimal commas as numbers. Others, dates with points among them, stay as they are."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    texts = column.dropna().astype(str)
+    if not texts.str.fullmatch(DECIMAL_COMMA).all() or not texts.str.contains(",").any():
+        return column
+    plain = column.str.replace(".", "", regex=False).str.replace(",", ".", regex=False)
+    return Series(pd.to_numeric(plain), index=column.index)

@@ -31,8 +31,12 @@ def test_the_form_of_a_file_is_found(text, encoding, tmp_path):
 
 def test_thousands_and_decimal_commas(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text("a;b\n1.234,5;x\n2,5;y\n")
-    assert read_table(str(path))["a"].tolist() == [1234.5, 2.5]
+    path.write_text("a;b;c\n1.234,5;x;03.05.2024\n2;y;04.05.2024\n")
+    assert read_table(str(path)).to_dict("list") == {
+        "a": [1234.5, 2],
+        "b": ["x", "y"],
+        "c": ["03.05.2024", "04.05.2024"],
+    }
 
 
 def test_the_form_can_be_given(tmp_path):
