@@ -14,6 +14,7 @@ from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import CannotWrite, Diverged, InputError
+from .judging import positive_class
 from .net import make_model
 from .options import PROG, Options, configuration, parse_options, resolve_device, saved_options
 from .predict import BEST, KEPT, SHOWN_ROWS, Run, load_run, predictions_table, write_predictions
@@ -22,6 +23,9 @@ from .report import (
     CONFIG,
     FOLDS,
     PREDICTIONS,
+    Report,
+    classes_table,
+    in_words,
     metrics_table,
     prepare_folder,
     write_folds,
@@ -72,23 +76,36 @@ def run(argv: Sequence[str] | None) -> int:
     folder = Path(options.out or f"runs/{options.source.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if options.folds is not None:
         return run_folds(options, folder)
-    training = Training(options, load_data(options.source), folder)
+    data = load_data(options.source)
+    positive_class(data, options.positive)
+    training = Training(options, data, folder)
     if saved is None:
         prepare_folder(folder, options.overwrite)
     else:
         training.load_state_dict(saved)
     introduce(training)
-    metrics, plots = train_and_report(training)
-    console.print(metrics_table(metrics, f"{training.data.name}: test split, weights of epoch {training.best_epoch}"))
+    report = train_and_report(training)
+    show_report(training, report)
     status = verify(training)
     show_predictions(load_run(folder, training.device), training.data.test_rows, "held-out rows")
-    console.print(f"wrote {folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}")
+    console.print(
+        f"wrote {folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in report.plots)}"
+    )
     console.print(f"predict on new rows: {PROG} --predict FILE --out {folder}")
     return status
 
 
-def train_and_report(training: Training) -> tuple[dict[str, float], list[Path]]:
-    """Train and write all files of a run but those of `verify`. Returns the test metrics and the plots' paths."""
+def show_report(training: Training, report: Report) -> None:
+    """Print the metrics of the net and of the baselines, those of each class, and what calibration says."""
+    console.print(metrics_table(report, f"{training.data.name}: test split, weights of epoch {training.best_epoch}"))
+    if (of_classes := classes_table(report)) is not None:
+        console.print(of_classes)
+    for sentence in in_words(report):
+        console.print(sentence)
+
+
+def train_and_report(training: Training) -> Report:
+    """Train and write all files of a run but those of `verify`."""
     write_json(training.folder / CONFIG, configuration(training.options))
     write_json(training.folder / KEPT, training.data.to_plain())
     fit(training)
@@ -106,7 +123,7 @@ def run_folds(options: Options, folder: Path) -> int:
         training = Training(options, load_data(options.source, fold), place)
         if fold == 0:
             introduce(training)
-        found.append(train_and_report(training)[0])
+        found.append(train_and_report(training).test)
     write_json(folder / CONFIG, configuration(options))
     console.print(write_folds(folder, found, f"{options.source.name}: test splits of {options.folds} folds"))
     console.print(f"wrote {folder}: {FOLDS} and a run for each fold")
@@ -122,7 +139,7 @@ def run_predict(options: Options) -> int:
         frame = load_data(source).test_rows
     else:
         frame = read_table(str(options.predict), options.sep, options.encoding, options.decimal, "--predict")
-    found = of_run.predict(frame)
+    found = of_run.predict(frame, options.calibrated)
     path = Path(options.to or folder / PREDICTIONS)
     write_predictions(found, path)
     ignored = [name for name in frame.columns if name not in (*of_run.columns, *of_run.targets.columns)]

@@ -1,11 +1,13 @@
-"""Metrics of predictions, computed with scikit-learn and torchmetrics."""
+"""Metrics of predictions."""
 
 import numpy as np
 from sklearn import metrics
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
+from .calibration import describe_calibration
 from .data import Data
+
+CALIBRATION = "expected calibration error", "expected calibration error, equal mass", "average calibration error"
 
 
 def evaluate(output: Tensor, data: Data, target: Tensor) -> dict[str, float]:
@@ -34,7 +36,7 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
     Returns:
         The value of each metric, by name. The ROC-AUC of more than two classes is the average of one against the rest,
         over the classes that some rows belong to; it is left out if there is none.
-        The expected calibration error has 15 bins.
+        The calibration errors have 15 bins; see `calibration`.
     """
     classes = probabilities.shape[1]
     true, predicted, scores = target.numpy(), probabilities.argmax(1).numpy(), probabilities.numpy()
@@ -51,7 +53,7 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
         for label in (range(classes) if classes > 2 else [1])
         if 0 < (true == label).sum() < len(true)
     ]
-    calibration = multiclass_calibration_error(probabilities, target, classes, n_bins=15)
+    calibration = describe_calibration(scores, true)
     return {
         "accuracy": float(metrics.accuracy_score(true, predicted)),
         "balanced accuracy": float(np.mean(recalls)),
@@ -59,7 +61,7 @@ def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, f
         "recall": float(recall),
         "F1": float(f1),
         **({"ROC-AUC": float(np.mean(of_class))} if of_class else {}),
-        "expected calibration error": calibration.item(),
+        **{name: calibration[name] for name in CALIBRATION},
     }
 
 

@@ -71,6 +71,9 @@ class Options:
     overwrite: bool
     resume: bool
     verify: bool
+    positive: str | None
+    baselines: bool
+    calibrated: bool
     predict: str | None
     to: str | None
 
@@ -80,8 +83,8 @@ class Options:
         return Source(**{each.name: getattr(self, each.name) for each in fields(Source)})
 
 
-# Options that do not change what a run computes: where it is written and whether the kernels are checked.
-HOUSEKEEPING = ("out", "overwrite", "resume", "verify", "predict", "to")
+# Options that do not change what a run computes: where it is written, and how it is judged.
+HOUSEKEEPING = ("out", "overwrite", "resume", "verify", "positive", "baselines", "calibrated", "predict", "to")
 
 
 def configuration(options: Options) -> dict[str, Any]:
@@ -266,7 +269,20 @@ def _add_run_options(run: _ArgumentGroup) -> None:
         metavar="FILE",
         help="train nothing: predict on the rows of FILE, or of the test split ('test'), with the run in --out",
     )
+    run.add_argument(
+        "--calibrated", action="store_true", help="with --predict: probabilities with the temperature of the run"
+    )
     run.add_argument("--to", metavar="FILE", help="where predictions are written (predictions.csv in --out)")
+
+
+def _add_judging_options(judging: _ArgumentGroup) -> None:
+    judging.add_argument("--positive", metavar="CLASS", help="the positive class of two (the second one)")
+    judging.add_argument(
+        "--baselines",
+        action=BooleanOptionalAction,
+        default=True,
+        help="compare with a constant, a linear model and gradient boosting of scikit-learn",
+    )
 
 
 def make_parser() -> Parser:
@@ -280,6 +296,7 @@ def make_parser() -> Parser:
     _add_model_options(parser.add_argument_group("model"))
     _add_loss_options(parser.add_argument_group("loss"))
     _add_optimisation_options(parser.add_argument_group("optimisation"))
+    _add_judging_options(parser.add_argument_group("judging"))
     _add_run_options(parser.add_argument_group("run"))
     return parser
 
@@ -326,6 +343,8 @@ def _check(options: Options) -> None:
         raise InputError("argument --predict: needs --out, the folder of the run that predicts")
     if options.to is not None and options.predict is None:
         raise InputError(f"argument --to: {options.to!r} given without --predict; allowed only with --predict")
+    if options.calibrated and options.predict is None:
+        raise InputError("argument --calibrated: allowed only with --predict")
     if options.folds is not None and options.resume:
         raise InputError("argument --folds: cannot be resumed; leave out --resume")
     if options.resume and options.out is None:

@@ -1,22 +1,30 @@
 """Figures of a run: loss curves, and the predictions on the test split."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay, RocCurveDisplay
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    PrecisionRecallDisplay,
+    PredictionErrorDisplay,
+    RocCurveDisplay,
+)
 from torch import Tensor
 
 from .data import Data
+from .fonts import drawable, families
 
 MAX_CLASSES_DRAWN = 20
 
 
 def figures(
-    history: Sequence[Mapping[str, float]], best_epoch: int, output: Tensor, data: Data
+    history: Sequence[Mapping[str, float]], best_epoch: int, output: Tensor, data: Data, positive: int = 1
 ) -> Iterator[tuple[str, Figure]]:
     """Draw every plot of a run.
 
@@ -25,10 +33,20 @@ def figures(
         best_epoch: Epoch whose weights were kept.
         output: Output of the network on the test split, on the CPU, floating point (rows, outputs).
         data: The data set.
+        positive: Index of the positive class, if there are two.
 
     Yields:
         The name of each plot, without suffix, and its figure.
     """
+    names = [drawable(label) for label in data.labels]
+    data = replace(data, name=drawable(data.name), targets=replace(data.targets, labels=names))
+    with rc_context({"font.family": families([data.name, *data.labels])}):
+        yield from _figures(history, best_epoch, output, data, positive)
+
+
+def _figures(
+    history: Sequence[Mapping[str, float]], best_epoch: int, output: Tensor, data: Data, positive: int
+) -> Iterator[tuple[str, Figure]]:
     yield "loss", loss_curves(history, best_epoch, data.name)
     if data.task == "regression":
         true, predicted = data.in_own_units(data.test.y), data.in_own_units(output)
@@ -36,7 +54,8 @@ def figures(
         yield "residuals", prediction_errors(true, predicted, data, "residual_vs_predicted")
         return
     true, probabilities = data.test.y.numpy(), output.double().softmax(1).numpy()
-    yield "roc", roc_curves(true, probabilities, data)
+    yield "roc", roc_curves(true, probabilities, data, positive)
+    yield "precision_recall", precision_recall_curves(true, probabilities, data, positive)
     yield "calibration", calibration_curve(true, probabilities, data)
     yield "confusion", confusion_matrix(true, probabilities, data)
 
@@ -55,15 +74,40 @@ def loss_curves(history: Sequence[Mapping[str, float]], best_epoch: int, name: s
     return figure
 
 
-def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
+def _drawn(true: np.ndarray, data: Data, positive: int) -> list[int]:
+    """The classes that have a curve: the positive one of two, or each against the rest.
+
+    Of a class that no row or every row belongs to there is no curve.
+    """
+    labels = [positive] if len(data.labels) == 2 else range(len(data.labels))
+    return [label for label in labels if 0 < (true == label).sum() < len(true)][:MAX_CLASSES_DRAWN]
+
+
+def precision_recall_curves(true: np.ndarray, probabilities: np.ndarray, data: Data, positive: int = 1) -> Figure:
+    """Precision against recall: of the positive class of two, or of each class against the rest.
+
+    `true` is int64 (rows,), `probabilities` floating point (rows, classes).
+    """
+    figure, axes = _subplots(title=f"{data.name}: precision and recall on the test split", width=6.4, height=6)
+    drawn = _drawn(true, data, positive)
+    for label in drawn:
+        PrecisionRecallDisplay.from_predictions(
+            true == label, probabilities[:, label], name=data.labels[label], ax=axes, plot_chance_level=len(drawn) == 1
+        )
+    axes.set(xlabel="recall", ylabel="precision")
+    axes.grid(alpha=0.3)
+    if drawn:
+        axes.legend(fontsize="small", loc="lower left")
+    return figure
+
+
+def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data, positive: int = 1) -> Figure:
     """One ROC curve for two classes; for more, one curve for each class against the rest.
 
     `true` is int64 (rows,), `probabilities` floating point (rows, classes).
     """
     figure, axes = _subplots(title=f"{data.name}: ROC on the test split", width=6.4, height=6)
-    labels = [1] if len(data.labels) == 2 else range(len(data.labels))
-    # Of a class that no row or every row belongs to there is no curve.
-    drawn = [label for label in labels if 0 < (true == label).sum() < len(true)][:MAX_CLASSES_DRAWN]
+    drawn = _drawn(true, data, positive)
     for label in drawn:
         RocCurveDisplay.from_predictions(
             true == label,
@@ -93,21 +137,31 @@ def calibration_curve(true: np.ndarray, probabilities: np.ndarray, data: Data) -
 
 
 def confusion_matrix(true: np.ndarray, probabilities: np.ndarray, data: Data) -> Figure:
-    """Counts of true against predicted classes. `true` is int64 (rows,), `probabilities` (rows, classes)."""
-    size = min(14.0, 4 + 0.4 * len(data.labels))
-    figure, axes = _subplots(title=f"{data.name}: confusion on the test split", width=size, height=size)
-    ConfusionMatrixDisplay.from_predictions(
-        true,
-        probabilities.argmax(1),
-        labels=np.arange(len(data.labels)),
-        display_labels=data.labels,
-        include_values=len(data.labels) <= MAX_CLASSES_DRAWN,
-        cmap="Blues",
-        colorbar=False,
-        xticks_rotation="vertical" if max(map(len, data.labels)) > 3 else "horizontal",
-        ax=axes,
-    )
-    axes.set(xlabel="predicted class", ylabel="true class")
+    """Counts of true against predicted classes, and their shares of each true class.
+
+    `true` is int64 (rows,), `probabilities` floating point (rows, classes).
+    """
+    classes = len(data.labels)
+    size = min(14.0, 4 + 0.4 * classes)
+    figure = Figure(figsize=(2 * size, size), dpi=150, layout="constrained")
+    figure.suptitle(f"{data.name}: confusion on the test split")
+    panels = (None, "rows", "d"), ("true", "share of the true class", ".2f")
+    for axes, (normalize, title, values_format) in zip(figure.subplots(1, 2), panels, strict=True):
+        ConfusionMatrixDisplay.from_predictions(
+            true,
+            probabilities.argmax(1),
+            labels=np.arange(classes),
+            display_labels=data.labels,
+            include_values=classes <= MAX_CLASSES_DRAWN,
+            normalize=normalize,
+            values_format=values_format,
+            cmap="Blues",
+            colorbar=False,
+            xticks_rotation="vertical" if max(map(len, data.labels)) > 3 else "horizontal",
+            text_kw={"fontsize": "small"},
+            ax=axes,
+        )
+        axes.set(title=title, xlabel="predicted class", ylabel="true class")
     return figure
 
 

@@ -18,7 +18,7 @@ from .net import make_model
 from .options import saved_options
 from .preprocessing import Preprocessing
 
-BEST, KEPT = "best.pt", "preprocessing.json"
+BEST, KEPT, METRICS = "best.pt", "preprocessing.json", "metrics.json"
 PREDICT_ROWS = 8192
 SHOWN_ROWS = 10
 
@@ -47,12 +47,14 @@ class Run:
         targets: What it predicts.
         preprocessing: How columns become its inputs.
         device: Where it is.
+        temperature: What calibrated probabilities divide logits by; None if the run has none.
     """
 
     model: nn.Module
     targets: Targets
     preprocessing: Preprocessing
     device: torch.device
+    temperature: float | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -74,25 +76,29 @@ class Run:
         x = self.preprocessing.transform(_with_numbers(frame, self.preprocessing))
         return predict(self.model, x.to(self.device)).cpu()
 
-    def predict(self, frame: DataFrame) -> DataFrame:
+    def predict(self, frame: DataFrame, calibrated: bool = False) -> DataFrame:
         """Predict.
 
         Args:
             frame: A table with the columns of the training data, in any order. Other columns are ignored. Unknown and
                 missing categories are allowed.
+            calibrated: Whether probabilities are those with the run's temperature.
 
         Returns:
             A row for each row, with its number from 1. Classification: the class, and the probability of every class.
             Regression: the targets in their own units.
 
         Raises:
-            InputError: If a column is missing, or holds text instead of numbers.
+            InputError: If a column is missing, or holds text instead of numbers, or the run has no temperature.
         """
+        temperature = self.temperature if calibrated else 1.0
+        if temperature is None:
+            raise InputError("argument --calibrated: the run in --out has no temperature; it predicts no classes")
         output, targets = self.outputs(frame), self.targets
         if targets.task == "regression":
             found = DataFrame(targets.in_own_units(output), columns=targets.labels)
         else:
-            probabilities = output.double().softmax(1)
+            probabilities = (output.double() / temperature).softmax(1)
             columns = [f"p({label})" for label in targets.labels]
             found = DataFrame(probabilities.numpy(), columns=columns)
             found.insert(0, targets.columns[0], [targets.labels[i] for i in probabilities.argmax(1).tolist()])
@@ -122,7 +128,10 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         raise InputError(f"argument --out: {folder / KEPT} is damaged: {error}") from None
     model = make_model(saved_options(best["options"]), targets, preprocessing)
     model.load_state_dict(best["model"])
-    return Run(model.to(device).eval(), targets, preprocessing, torch.device(device))
+    metrics = folder / METRICS
+    judged = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
+    temperature = judged.get("calibration", {}).get("temperature")
+    return Run(model.to(device).eval(), targets, preprocessing, torch.device(device), temperature)
 
 
 def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:

@@ -2,23 +2,29 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from rich.table import Table
 
+from .baselines import predict_baselines
 from .checkpoint import atomic_write
+from .data import Data
 from .errors import CannotWrite, InputError
-from .metrics import evaluate
+from .judging import judge, positive_class
+from .metrics import classification_metrics, evaluate, regression_metrics
 from .plots import figures
-from .predict import BEST, KEPT, predict
+from .predict import BEST, KEPT, METRICS, predict
 from .train import LAST, Training, load_best
 from .verify import REPORT
 
-CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.csv"
+CONFIG, HISTORY = "config.json", "history.csv"
+# Metrics that the console leaves out.
+ONLY_IN_THE_FILE = "expected calibration error, equal mass", "average calibration error"
 PREDICTIONS, FOLDS = "predictions.csv", "folds.csv"
 FILES = (CONFIG, METRICS, HISTORY, LAST, BEST, KEPT, REPORT, PREDICTIONS, FOLDS)
-PLOTS = ("loss", "roc", "calibration", "confusion", "predicted_vs_true", "residuals")
+PLOTS = ("loss", "roc", "precision_recall", "calibration", "confusion", "predicted_vs_true", "residuals")
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
@@ -65,25 +71,45 @@ def write_history(training: Training) -> None:
         pd.DataFrame(training.history).to_csv(file, index=False)
 
 
-def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
+class Report(NamedTuple):
+    """What a finished run says.
+
+    Attributes:
+        test: The metrics of the test split.
+        baselines: The metrics of simple models on the same rows, by name.
+        judged: What `judging.judge` returns.
+        plots: Paths of the plots.
+    """
+
+    test: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+    judged: dict[str, Any]
+    plots: list[Path]
+
+
+def write_report(training: Training) -> Report:
     """Evaluate the best epoch's weights on the test split, and write metrics.json and the plots.
 
     Args:
         training: A run that has ended. The best weights are loaded into its model.
 
     Returns:
-        The metrics of the test split, by name, and the paths of the plots.
+        What was found.
     """
-    folder, data = training.folder, training.data
+    folder, data, options = training.folder, training.data, training.options
     best_epoch = load_best(folder, training.model)
-    output = predict(training.model, data.test.x.to(training.device)).cpu()
-    metrics = evaluate(output, data, data.test.y)
+    output, val_output = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
+    test = evaluate(output, data, data.test.y)
+    judged = judge(output, val_output, data, options.positive)
+    baselines = compare_baselines(data) if options.baselines else {}
     write_json(
         folder / METRICS,
         {
             "task": data.task,
-            "test": metrics,
-            "validation": training.validate()[1],
+            "test": test,
+            "validation": evaluate(val_output, data, data.val.y),
+            "baselines": baselines,
+            **judged,
             "best_epoch": best_epoch,
             "epochs": training.epoch,
             "rows": {"training": len(data.train), "validation": len(data.val), "test": len(data.test)},
@@ -91,11 +117,22 @@ def write_report(training: Training) -> tuple[dict[str, float], list[Path]]:
         },
     )
     plots = []
-    for name, figure in figures(training.history, best_epoch, output, data):
+    for name, figure in figures(training.history, best_epoch, output, data, positive_class(data, options.positive)):
         plots.append(folder / f"{name}.png")
         with atomic_write(plots[-1]) as file:
             figure.savefig(file, format="png")
-    return metrics, plots
+    return Report(test, baselines, judged, plots)
+
+
+def compare_baselines(data: Data) -> dict[str, dict[str, float]]:
+    """The metrics of simple models on the test split, by name."""
+    found = {}
+    for name, predicted in predict_baselines(data, data.test).items():
+        if data.task == "regression":
+            found[name] = regression_metrics(predicted, data.in_own_units(data.test.y))
+        else:
+            found[name] = classification_metrics(torch.from_numpy(predicted), data.test.y)
+    return found
 
 
 def write_folds(folder: Path, found: list[dict[str, float]], title: str) -> Table:
@@ -121,10 +158,51 @@ def write_folds(folder: Path, found: list[dict[str, float]], title: str) -> Tabl
     return table
 
 
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
-    """Format metrics as a table for the console."""
-    table = Table("metric", title=title, min_width=len(title))
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}")
+def metrics_table(report: Report, title: str) -> Table:
+    """Format the metrics of the net and of the baselines as a table for the console."""
+    table = Table(title=title, min_width=len(title))
+    table.add_column("metric", no_wrap=True)
+    for name in ("net", *report.baselines):
+        table.add_column(name, justify="right")
+    for name, value in report.test.items():
+        if name not in ONLY_IN_THE_FILE:
+            others = [_figure(each[name]) if name in each else "" for each in report.baselines.values()]
+            table.add_row(name, _figure(value), *others)
     return table
+
+
+def classes_table(report: Report, most: int = 20) -> Table | None:
+    """Format precision, recall and F1 of each class; None for regression or more than `most` classes."""
+    classes = report.judged.get("classes", {})
+    if not 0 < len(classes) <= most + 2:
+        return None
+    table = Table("class")
+    for name in ("precision", "recall", "F1", "rows"):
+        table.add_column(name, justify="right")
+    for name, row in classes.items():
+        table.add_row(name, *(_figure(row[each]) for each in ("precision", "recall", "F1")), str(row["rows"]))
+    return table
+
+
+def in_words(report: Report) -> list[str]:
+    """What intervals, calibration and the threshold say, in sentences."""
+    said = [
+        f"95% interval of {name}: {_figure(low)} to {_figure(high)}"
+        for name, (low, high) in report.judged["intervals"].items()
+    ]
+    if calibration := report.judged.get("calibration"):
+        before, after = (calibration[when]["expected calibration error"] for when in ("before", "after"))
+        said.append(
+            f"temperature {calibration['temperature']:.2f}, fitted on the validation split: expected calibration error "
+            f"{before:.4f} before, {after:.4f} after"
+        )
+    if threshold := report.judged.get("threshold"):
+        said.append(
+            f"class {threshold['positive']!r} from probability {threshold['threshold']:.2f}, chosen on the validation "
+            f"split: F1 {threshold['F1']:.4f}; from 0.50 {threshold['F1 at 0.5']:.4f}"
+        )
+    return said
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"

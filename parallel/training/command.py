@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...mlp.training.checkpoint import load_checkpoint
-from ...mlp.training.command import console, fit, introduce, verify
+from ...mlp.training.command import console, fit, introduce, show_report, verify
 from ...mlp.training.data import Data, load_data
 from ...mlp.training.errors import CannotWrite, Diverged, InputError
 from ...mlp.training.options import Options, configuration, count, make_parser, parse_options, resolve_device
 from ...mlp.training.predict import KEPT
-from ...mlp.training.report import CONFIG, metrics_table, prepare_folder, write_json, write_report
+from ...mlp.training.report import CONFIG, prepare_folder, write_json, write_report
 from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike
@@ -279,10 +279,10 @@ def report(training: ParallelTraining) -> int:
     """
     alone = Training(training.options, training.data, training.folder)
     alone.history, alone.epoch, alone.best_epoch = training.history, training.epoch, training.best_epoch
-    metrics, plots = write_report(alone)
-    console.print(metrics_table(metrics, f"{alone.data.name}: test split, weights of epoch {alone.best_epoch}"))
+    found = write_report(alone)
+    show_report(alone, found)
     status = verify(alone)
     console.print(
-        f"wrote {alone.folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in plots)}"
+        f"wrote {alone.folder}: metrics, history, checkpoints and the plots {', '.join(p.name for p in found.plots)}"
     )
     return status

@@ -25,7 +25,7 @@ def test_a_classification_run_leaves_all_its_files(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "metrics.json", "history.csv", "config.json", "checkpoint.pt", "best.pt", "preprocessing.json",
-        "loss.png", "roc.png", "calibration.png", "confusion.png",
+        "loss.png", "roc.png", "precision_recall.png", "calibration.png", "confusion.png",
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "107 + 35 + 36 rows" in shown or "106 + 36 + 36 rows" in shown
@@ -144,7 +144,7 @@ def test_plots_show_what_they_should():
     history = [{"epoch": i, "train_loss": 1 / i, "val_loss": 1.5 / i} for i in range(1, 6)]
     output = data.test.x[:, :10]
     figures = dict(plots.figures(history, 4, output, data))
-    assert [*figures] == ["loss", "roc", "calibration", "confusion"]
+    assert [*figures] == ["loss", "roc", "precision_recall", "calibration", "confusion"]
     loss = figures["loss"].axes[0]
     assert [line.get_label() for line in loss.lines] == ["training", "validation", "best epoch, 4"]
     assert loss.lines[1].get_ydata().tolist() == [1.5 / i for i in range(1, 6)]
@@ -152,7 +152,10 @@ def test_plots_show_what_they_should():
     assert [label[0] for label in roc[:10]] == list("0123456789")
     counts = sum(int(text.get_text()) for text in figures["confusion"].axes[0].texts)
     assert counts == len(data.test)
+    shares = [float(text.get_text()) for text in figures["confusion"].axes[1].texts]
+    assert sum(shares) == pytest.approx(10, abs=0.3)
     for figure in figures.values():
-        assert figure.axes[0].get_title().startswith("digits")
+        titles = [figure.axes[0].get_title(), figure._suptitle and figure._suptitle.get_text()]
+        assert any(title and title.startswith("digits") for title in titles)
         assert figure.axes[0].get_xlabel()
         assert figure.axes[0].get_ylabel()
