@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .data import load_data
-from .errors import CannotWrite, Diverged, InputError
+from .errors import CannotWrite, Diverged, InputError, Interrupted
 from .judging import positive_class
 from .net import make_model
 from .options import PROG, Options, configuration, parse_options, resolve_device, saved_options
@@ -38,6 +38,8 @@ from .verify import run_verify
 
 # What --predict takes for the rows that the run was tested on.
 HELD_OUT = "test"
+# Exit status of what a shell's user interrupts.
+INTERRUPTED = 130
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if the run succeeded, 1 if training diverged or the kernels differ from PyTorch, 2 if an
-        option or an input file is invalid.
+        option or an input file is invalid, 130 if the user interrupted it.
     """
     try:
         return run(argv)
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotWrite, Diverged) as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"{PROG}: {error or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -82,7 +87,7 @@ def run(argv: Sequence[str] | None) -> int:
     if saved is None:
         prepare_folder(folder, options.overwrite)
     else:
-        training.load_state_dict(saved)
+        training.go_on(saved)
     introduce(training)
     report = train_and_report(training)
     show_report(training, report)
@@ -196,6 +201,10 @@ def fit(training: Training) -> None:
                 progress.update(bar, completed=training.epoch, description=description)
 
             training.fit(show)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted in epoch {training.epoch + 1}; continue with --resume --out {training.folder}"
+        ) from None
     finally:
         write_history(training)
 

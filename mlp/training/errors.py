@@ -11,3 +11,7 @@ class Diverged(RuntimeError):
 
 class CannotWrite(RuntimeError):
     """A file cannot be written, for example because the disk is full. The message names the file and the reason."""
+
+
+class Interrupted(RuntimeError):
+    """The user interrupted a run. The message says how to continue it."""

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name; each one is a class of torch.optim with its arguments."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -62,3 +63,34 @@ def make_scheduler(name: str, optimizer: Optimizer, steps: int, warmup: float) -
         return SCHEDULES[name](optimizer, steps)
     climb = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup_steps)
     return SequentialLR(optimizer, [climb, SCHEDULES[name](optimizer, steps - warmup_steps)], [warmup_steps])
+
+
+def scale_rate(scheduler: LRScheduler, optimizer: Optimizer, factor: float) -> None:
+    """Multiply the learning rate by a factor, now and in the rest of the schedule."""
+    for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
+        for rates in ("base_lrs", "_last_lr"):
+            if hasattr(each, rates):
+                setattr(each, rates, [factor * rate for rate in getattr(each, rates)])
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+
+
+def stretch(scheduler: LRScheduler, optimizer: Optimizer, name: str, steps: int, warmup: float) -> LRScheduler:
+    """A schedule for another number of steps, after as many steps as `scheduler` has made.
+
+    Args:
+        scheduler: A schedule of `make_scheduler`.
+        optimizer: Its optimizer.
+        name, steps, warmup: See `make_scheduler`.
+    """
+    done = scheduler.last_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    longer = make_scheduler(name, optimizer, steps, warmup)
+    with warnings.catch_warnings():
+        # PyTorch warns of steps of a schedule without steps of the optimizer.
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(done):
+            longer.step()
+    return longer

@@ -63,6 +63,8 @@ class Options:
     accumulate: int
     epochs: int
     patience: int
+    recover: int
+    diagnose: bool
     amp: str
     device: str
     threads: int | None
@@ -85,6 +87,10 @@ class Options:
 
 # Options that do not change what a run computes: where it is written, and how it is judged.
 HOUSEKEEPING = ("out", "overwrite", "resume", "verify", "positive", "baselines", "calibrated", "predict", "to")
+
+
+# Options that a resumed run may be given anew: they change nothing that has been computed.
+FREE = ("csv", "sep", "encoding", "decimal", "epochs", "patience", "recover", "diagnose", "threads", "device")
 
 
 def configuration(options: Options) -> dict[str, Any]:
@@ -243,6 +249,14 @@ def _add_optimisation_options(optim: _ArgumentGroup) -> None:
         default=20,
         help="stop after N epochs without a lower validation loss; 0: never stop early (20)",
     )
+    optim.add_argument(
+        "--recover",
+        type=count_or_zero,
+        metavar="N",
+        default=0,
+        help="when the loss explodes, go back to the best epoch with a lower rate and clipping, at most N times (0)",
+    )
+    optim.add_argument("--diagnose", action="store_true", help="norms, activations and dead units of each layer")
 
 
 def _add_run_options(run: _ArgumentGroup) -> None:
@@ -309,18 +323,22 @@ def parse_options(argv: Sequence[str] | None = None, saved: dict[str, Any] | Non
         saved: `configuration` of the run to resume. It replaces the defaults.
 
     Raises:
-        InputError: If an option is invalid or differs from the saved configuration. The message names the option.
+        InputError: If an option is invalid, or differs from the saved configuration and is none of FREE. The message
+            names the option.
     """
     parser = make_parser()
     parser.set_defaults(**(saved or {}))
     options = Options(**vars(parser.parse_args(argv)))
     for name, value in (saved or {}).items():
         given = getattr(options, name)
-        if given != value:
+        if given != value and name not in FREE:
             raise InputError(
                 f"argument --{name.replace('_', '-')}: {given} differs from the run to resume, which has {value}"
             )
-    _check(options)
+    if options.resume and options.out is None:
+        raise InputError("argument --resume: needs --out, the folder of the run to continue")
+    if saved is not None or not options.resume:  # the other options of a run to resume are known later
+        _check(options)
     return options
 
 
@@ -347,8 +365,6 @@ def _check(options: Options) -> None:
         raise InputError("argument --calibrated: allowed only with --predict")
     if options.folds is not None and options.resume:
         raise InputError("argument --folds: cannot be resumed; leave out --resume")
-    if options.resume and options.out is None:
-        raise InputError("argument --resume: needs --out, the folder of the run to continue")
     if options.amp == "fp16" and resolve_device(options.device).type != "cuda":
         raise InputError("argument --amp: fp16 needs a GPU; allowed on the CPU are auto, none, bf16")
     resolve_device(options.device)

@@ -1,6 +1,7 @@
 """Write the results of a run into its folder: configuration, metrics, history and plots."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,20 +12,21 @@ from rich.table import Table
 from .baselines import predict_baselines
 from .checkpoint import atomic_write
 from .data import Data
+from .diagnose import diagnostics
 from .errors import CannotWrite, InputError
 from .judging import judge, positive_class
 from .metrics import classification_metrics, evaluate, regression_metrics
 from .plots import figures
 from .predict import BEST, KEPT, METRICS, predict
-from .train import LAST, Training, load_best
+from .train import KEPT_FOR_RECOVERY, LAST, Training, load_best
 from .verify import REPORT
 
 CONFIG, HISTORY = "config.json", "history.csv"
 # Metrics that the console leaves out.
 ONLY_IN_THE_FILE = "expected calibration error, equal mass", "average calibration error"
 PREDICTIONS, FOLDS = "predictions.csv", "folds.csv"
-FILES = (CONFIG, METRICS, HISTORY, LAST, BEST, KEPT, REPORT, PREDICTIONS, FOLDS)
-PLOTS = ("loss", "roc", "precision_recall", "calibration", "confusion", "predicted_vs_true", "residuals")
+FILES = (CONFIG, METRICS, HISTORY, LAST, KEPT_FOR_RECOVERY, BEST, KEPT, REPORT, PREDICTIONS, FOLDS)
+PLOTS = ("loss", "roc", "precision_recall", "calibration", "confusion", "predicted_vs_true", "residuals", "diagnose")
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
@@ -116,8 +118,11 @@ def write_report(training: Training) -> Report:
             "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         },
     )
+    drawn = figures(training.history, best_epoch, output, data, positive_class(data, options.positive))
+    if options.diagnose and training.history:
+        drawn = chain(drawn, [("diagnose", diagnostics(training.history, data.name))])
     plots = []
-    for name, figure in figures(training.history, best_epoch, output, data, positive_class(data, options.positive)):
+    for name, figure in drawn:
         plots.append(folder / f"{name}.png")
         with atomic_write(plots[-1]) as file:
             figure.savefig(file, format="png")

@@ -10,17 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from .data import Data
+from .diagnose import diagnose
 from .errors import Diverged, InputError
 from .loss import make_loss
 from .metrics import evaluate
 from .net import make_model
-from .optim import make_optimizer, make_scheduler, penalised
+from .optim import make_optimizer, make_scheduler, penalised, scale_rate, stretch
 from .options import Options, configuration, resolve_device
 from .predict import BEST, predict
 
 LAST = "checkpoint.pt"
+KEPT_FOR_RECOVERY = "recovery.pt"
+# A recovery lowers the learning rate and the clipping norm by this factor, as Zhang et al. 2022 report it.
+LOWER = 0.3
+RECOVERY_CLIP = 1.0
+# The validation loss of an exploding run, as a multiple of its best one.
+EXPLODED = 1000.0
 HEADLINE = {"classification": "accuracy", "regression": "R2"}
 
 
@@ -56,6 +63,7 @@ class Training:
         self.epoch = 0
         self.best_epoch, self.best_loss = 0, math.inf
         self.history: list[dict[str, float]] = []
+        self.recovered = 0
 
     def build(self) -> nn.Module:
         """Make the model on the device where it is trained."""
@@ -77,6 +85,7 @@ class Training:
             "epoch": self.epoch,
             "best": [self.best_epoch, self.best_loss],
             "history": self.history,
+            "recovered": self.recovered,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,11 +107,31 @@ class Training:
         self.epoch = state["epoch"]
         self.best_epoch, self.best_loss = state["best"]
         self.history = state["history"]
+        self.recovered = state["recovered"]
+
+    def go_on(self, saved: dict[str, Any]) -> None:
+        """Continue a saved run, perhaps to another number of epochs. The schedule is then that of the new number.
+
+        Args:
+            saved: What `state_dict` returned.
+
+        Raises:
+            InputError: See `load_state_dict`.
+        """
+        self.load_state_dict(saved)
+        self.stretch_schedule(saved["options"]["epochs"])
+
+    def stretch_schedule(self, epochs: int) -> None:
+        """Make the schedule that of this run's number of epochs, if it was begun for another number."""
+        options = self.options
+        if epochs != options.epochs:
+            steps = options.epochs * self.steps_per_epoch
+            self.scheduler = stretch(self.scheduler, self.optimizer, options.schedule, steps, options.warmup)
 
     def finished(self) -> bool:
         """Whether every epoch has run, or patience has run out."""
         waited = self.epoch - self.best_epoch
-        return self.epoch == self.options.epochs or 0 < self.options.patience <= waited
+        return self.epoch >= self.options.epochs or 0 < self.options.patience <= waited
 
     def autocast(self) -> torch.autocast:
         """Make the autocast context of the forward pass; it does nothing if mixed precision is off."""
@@ -119,19 +148,25 @@ class Training:
             on_epoch: Called with this object after the checkpoint of each epoch.
 
         Raises:
-            Diverged: If a loss is infinite or NaN. The last checkpoint is then that of the previous epoch.
+            Diverged: If a loss is infinite or NaN, and the run has recovered as often as it may. The last checkpoint is
+                then that of the previous epoch.
         """
         if not self.history:
             self.save_last()
+            self.keep_for_recovery()
         while not self.finished():
             losses = torch.stack(list(self.steps())).tolist()
             val_loss, val_metrics = self.validate()
-            if not all(map(math.isfinite, [*losses, val_loss])):
+            if not all(map(math.isfinite, [*losses, val_loss])) or self.explodes(val_loss):
+                if self.recovered < self.options.recover:
+                    self.recover()
+                    continue
                 raise self.diagnose(losses, val_loss)
             self.epoch += 1
             if val_loss < self.best_loss:
                 self.best_epoch, self.best_loss = self.epoch, val_loss
                 self.save_best()
+            described = diagnose(self.model, self.val.x, self.scaler.get_scale()) if self.options.diagnose else {}
             headline = HEADLINE[self.data.task]
             self.history.append(
                 {
@@ -140,10 +175,33 @@ class Training:
                     "train_loss": sum(losses) / len(losses),
                     "val_loss": val_loss,
                     f"val_{headline}": val_metrics[headline],
+                    **({"recovered": self.recovered} if self.options.recover else {}),
+                    **described,
                 }
             )
             self.save_last()
+            if self.best_epoch == self.epoch:
+                self.keep_for_recovery()
             on_epoch(self)
+
+    def explodes(self, val_loss: float) -> bool:
+        """Whether a run that may recover has become much worse than its best epoch."""
+        return self.options.recover > 0 and val_loss > EXPLODED * self.best_loss
+
+    def keep_for_recovery(self) -> None:
+        """Keep a copy of the last checkpoint, that of the best epoch, to go back to."""
+        if self.options.recover:
+            with atomic_write(self.folder / KEPT_FOR_RECOVERY) as file:
+                file.write((self.folder / LAST).read_bytes())
+
+    def recover(self) -> None:
+        """Go back to the best epoch, with a learning rate and a clipping norm that are lower by LOWER."""
+        recovered = self.recovered + 1
+        self.load_state_dict(load_checkpoint(self.folder / KEPT_FOR_RECOVERY))
+        # The checkpoint may be of before an earlier recovery.
+        scale_rate(self.scheduler, self.optimizer, LOWER ** (recovered - self.recovered))
+        self.recovered = recovered
+        self.save_last()
 
     def steps(self) -> Iterator[Tensor]:
         """Run the optimizer steps of one epoch, with the rows in a new random order.
@@ -170,9 +228,12 @@ class Training:
         options = self.options
         self.optimizer.zero_grad()
         loss = self.accumulate(x, y)
-        if options.clip is not None:
+        clip = options.clip
+        if self.recovered:
+            clip = (clip or RECOVERY_CLIP) * LOWER**self.recovered
+        if clip is not None:
             self.scaler.unscale_(self.optimizer)
-            self.clip(options.clip)
+            self.clip(clip)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

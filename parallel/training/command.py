@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...mlp.training.checkpoint import load_checkpoint
-from ...mlp.training.command import console, fit, introduce, show_report, verify
+from ...mlp.training.command import INTERRUPTED, console, fit, introduce, show_report, verify
 from ...mlp.training.data import Data, load_data
-from ...mlp.training.errors import CannotWrite, Diverged, InputError
+from ...mlp.training.errors import CannotWrite, Diverged, InputError, Interrupted
 from ...mlp.training.options import Options, configuration, count, make_parser, parse_options, resolve_device
 from ...mlp.training.predict import KEPT
 from ...mlp.training.report import CONFIG, prepare_folder, write_json, write_report
@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotWrite, Diverged) as error:
         speak(f"stopped: {error}")
         return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROG}: {error or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
     except RuntimeError as error:
         # torchrun sends SIGTERM to all ranks when one fails. Ignore it, so that this rank can report lost ranks first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -219,9 +223,9 @@ def run(argv: Sequence[str]) -> int:
             f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
             "cpu, cuda"
         )
-    if options.predict is not None or options.folds is not None:
-        name = "predict" if options.predict is not None else "folds"
-        raise InputError(f"argument --{name}: runs in one process: python -m fusemlp.mlp")
+    for name in ("predict", "folds", "recover", "diagnose"):
+        if getattr(options, name):
+            raise InputError(f"argument --{name}: works in one process: python -m fusemlp.mlp")
     torch.set_num_threads(options.threads or 1)
     data = load_data(options.source)
     device_type = resolve_device(options.device).type

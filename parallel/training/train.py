@@ -265,3 +265,4 @@ class ParallelTraining(Training):
                 torch.cuda.set_rng_state(states[1], self.device)
         self.best_epoch, self.best_loss = progress["best"]
         self.history = progress["history"]
+        self.stretch_schedule(progress["options"]["epochs"])
