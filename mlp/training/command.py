@@ -15,6 +15,7 @@ from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import CannotWrite, Diverged, InputError, Interrupted
 from .judging import positive_class
+from .lr_finder import LR_PICTURE, LR_TABLE, find_rate, write_range_test
 from .net import make_model
 from .options import PROG, Options, configuration, parse_options, resolve_device, saved_options
 from .predict import BEST, KEPT, SHOWN_ROWS, Run, load_run, predictions_table, write_predictions
@@ -84,6 +85,8 @@ def run(argv: Sequence[str] | None) -> int:
     data = load_data(options.source)
     positive_class(data, options.positive)
     training = Training(options, data, folder)
+    if options.find_lr:
+        return run_range_test(training, options.overwrite)
     if saved is None:
         prepare_folder(folder, options.overwrite)
     else:
@@ -135,6 +138,18 @@ def run_folds(options: Options, folder: Path) -> int:
     return 0
 
 
+def run_range_test(training: Training, overwrite: bool) -> int:
+    """Try learning rates, print the one to take and write the losses."""
+    prepare_folder(training.folder, overwrite)
+    found = find_rate(training)
+    write_range_test(found, training.folder, training.data.name)
+    console.print(
+        f"the loss falls fastest at a learning rate of {found.suggestion:.2g}: try --lr {found.suggestion:.2g}"
+    )
+    console.print(f"wrote {training.folder}: {LR_TABLE} and {LR_PICTURE}")
+    return 0
+
+
 def run_predict(options: Options) -> int:
     """Predict on new rows, print the first ones and write all of them."""
     folder = Path(str(options.out))
@@ -176,7 +191,7 @@ def introduce(training: Training) -> None:
     with torch.device("meta"):
         model = make_model(training.options, data.targets, data.preprocessing)
     first = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    widths = [first.in_features, *training.options.hidden, len(data.labels)]
+    widths = [first.in_features, *training.options.hidden, training.head.outputs]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"MLP {' -> '.join(map(str, widths))}: {parameters:,} parameters on {training.device}")
 

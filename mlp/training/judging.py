@@ -14,6 +14,7 @@ from torch import Tensor
 from .calibration import describe_calibration, fit_temperature
 from .data import Data
 from .errors import InputError
+from .head import Head
 
 CONFIDENCE = 0.95
 RESAMPLES = 500
@@ -129,6 +130,12 @@ def judge_regression(output: Tensor, data: Data) -> dict[str, Any]:
     true, predicted = data.in_own_units(data.test.y), data.in_own_units(output)
     of = {"R2": metrics.r2_score, "MAE": metrics.mean_absolute_error}
     return {"intervals": {name: interval_of(metric, true, predicted) for name, metric in of.items()}}
+
+
+def judge_quantiles(output: Tensor, head: Head, data: Data) -> list[dict[str, float]]:
+    """For each quantile, the share of the true values of the test split that lie below the predicted ones."""
+    below = (data.test.y[:, :, None] < head.by_quantile(output)).double().mean((0, 1))
+    return [{"quantile": q, "below": share} for q, share in zip(head.quantiles, below.tolist(), strict=True)]
 
 
 def judge(output: Tensor, val_output: Tensor, data: Data, positive: str | None) -> dict[str, Any]:

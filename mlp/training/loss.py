@@ -13,21 +13,22 @@ from torch.nn import functional as F
 from ..cross_entropy import cross_entropy
 from .data import Data
 from .errors import InputError
+from .head import Head
 
-LOSSES = {"classification": ["cross_entropy"], "regression": ["mse", "mae"]}
+LOSSES = {"classification": ["cross_entropy", "bce"], "regression": ["mse", "mae", "pinball"]}
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss function, split into a sum and its divisor.
 
-    `output` is floating point (rows, outputs). `target` is int64 class indices (rows,) for cross-entropy and floating
-    point (rows, outputs) for the other losses.
+    `output` is floating point (rows, outputs). `target` is int64 class indices (rows,) or the probabilities of classes
+    (rows, classes) for classification, and floating point (rows, targets) for regression.
 
     Attributes:
         total: total(output, target) is the sum of the loss over all rows, a float32 scalar.
-        count: count(target) is what the mean divides the sum by: the number of rows for cross-entropy, the sum of the
-            rows' class weights if there are class weights, the number of elements for the other losses.
+        count: count(target) is what the mean divides the sum by: the number of rows for classification, the sum of the
+            rows' class weights if there are class weights, the number of elements for regression.
     """
 
     total: Callable[[Tensor, Tensor], Tensor]
@@ -39,40 +40,75 @@ class Loss:
 
 
 def make_loss(
-    name: str, data: Data, label_smoothing: float, class_weights: str, device: torch.device | str = "cpu"
+    head: Head, data: Data, label_smoothing: float, class_weights: str, device: torch.device | str = "cpu"
 ) -> Loss:
     """Make the loss for a data set. The loss is computed in float32 for outputs of any dtype.
 
     Args:
-        name: One of LOSSES[data.task], or "auto" for the first of them.
+        head: The outputs of the net, and the name of the loss.
         data: The data set. Its training split determines the balanced class weights.
-        label_smoothing: Label smoothing of the cross-entropy, in [0, 1). Must be 0 for other losses.
+        label_smoothing: Label smoothing of classification, in [0, 1). Must be 0 for other losses.
         class_weights: "none", or "balanced" for weights inversely proportional to the class frequencies
-            (cross-entropy only).
+            (classification only).
         device: Where the loss will be computed.
 
     Raises:
-        InputError: If the loss does not fit the task, or an option does not fit the loss.
+        InputError: If an option does not fit the loss.
     """
-    allowed = LOSSES[data.task]
-    name = allowed[0] if name == "auto" else name
-    if name not in allowed:
-        raise InputError(f"argument --loss: {name} does not fit {data.task}; allowed are {', '.join(allowed)}")
-    if name != "cross_entropy":
-        if label_smoothing:
-            raise InputError(
-                f"argument --label-smoothing: {label_smoothing:g} does not fit --loss {name}; only 0 is allowed"
-            )
-        if class_weights != "none":
-            raise InputError(f"argument --class-weights: {class_weights} does not fit --loss {name}; allowed is none")
-        total = F.mse_loss if name == "mse" else F.l1_loss
+    if data.task == "regression":
+        for option, given, allowed in (
+            ("label-smoothing", label_smoothing, 0.0),
+            ("class-weights", class_weights, "none"),
+        ):
+            if given != allowed:
+                raise InputError(f"argument --{option}: {given} does not fit --loss {head.loss}; allowed is {allowed}")
+        if head.loss == "pinball":
+            return _pinball(head)
+        total = F.mse_loss if head.loss == "mse" else F.l1_loss
         return Loss(lambda output, target: total(output.float(), target, reduction="sum"), Tensor.numel)
 
-    total = partial(cross_entropy, label_smoothing=label_smoothing, reduction="sum")
-    if class_weights == "none":
-        return Loss(lambda output, target: total(output.float(), target), len)
-    balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.y.numpy())
-    weight = torch.from_numpy(balanced).float().to(device)
-    return Loss(
-        lambda output, target: total(output.float(), target, weight=weight), lambda target: weight[target].sum()
-    )
+    weight = None
+    if class_weights == "balanced":
+        balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.y.numpy())
+        weight = torch.from_numpy(balanced).float().to(device)
+    if head.loss == "bce":
+        return _bce(label_smoothing, weight)
+    total = partial(cross_entropy, label_smoothing=label_smoothing, reduction="sum", weight=weight)
+    return Loss(lambda output, target: total(output.float(), target), partial(_rows, weight))
+
+
+def _rows(weight: Tensor | None, target: Tensor) -> Tensor | int:
+    """The number of rows, or the sum of the weights of their classes."""
+    if weight is None:
+        return len(target)
+    return (target @ weight).sum() if target.is_floating_point() else weight[target].sum()
+
+
+def _bce(label_smoothing: float, weight: Tensor | None) -> Loss:
+    """Binary cross-entropy of one output z: -w_1 y log s(z) - w_0 (1 - y) log s(-z).
+
+    y is the probability of the second class. Label smoothing moves it towards 1/2 as that of the cross-entropy does.
+    """
+
+    def second(target: Tensor) -> Tensor:
+        return target[:, 1] if target.is_floating_point() else target.float()
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        z, y = output[:, 0].float(), second(target)
+        y = y * (1 - label_smoothing) + label_smoothing / 2
+        first, other = (1.0, 1.0) if weight is None else weight.unbind()
+        return -(other * y * F.logsigmoid(z) + first * (1 - y) * F.logsigmoid(-z)).sum()
+
+    return Loss(total, partial(_rows, weight))
+
+
+def _pinball(head: Head) -> Loss:
+    """max(q e, (q - 1) e) of the error e = target - output, summed over the quantiles q (Koenker and Bassett 1978)."""
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        found = head.by_quantile(output.float())
+        quantiles = found.new_tensor(head.quantiles)
+        error = target[:, :, None] - found
+        return torch.maximum(quantiles * error, (quantiles - 1) * error).sum()
+
+    return Loss(total, lambda target: target.numel() * len(head.quantiles))

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from ..model import MLP
 from .data import Targets
+from .errors import InputError
+from .head import Head, make_head
+from .loss import LOSSES
 from .options import Options
 from .preprocessing import Preprocessing
 
@@ -36,6 +39,19 @@ class EmbeddedMLP(nn.Module):
         return self.mlp(torch.cat([plain, *vectors], dim=1))
 
 
+def head_of(options: Options, targets: Targets) -> Head:
+    """The head of a run.
+
+    Raises:
+        InputError: If the loss or the quantiles do not fit the targets.
+    """
+    allowed = LOSSES[targets.task]
+    name = allowed[0] if options.loss == "auto" else options.loss
+    if name not in allowed:
+        raise InputError(f"argument --loss: {name} does not fit {targets.task}; allowed are {', '.join(allowed)}")
+    return make_head(targets, name, options.quantiles)
+
+
 def make_model(options: Options, targets: Targets, preprocessing: Preprocessing) -> MLP | EmbeddedMLP:
     """Make the network that the options describe, in float32 on the default device."""
     categories = preprocessing.embedded
@@ -43,7 +59,7 @@ def make_model(options: Options, targets: Targets, preprocessing: Preprocessing)
     mlp = MLP(
         preprocessing.in_features - len(categories) + sum(widths),
         options.hidden,
-        len(targets.labels),
+        head_of(options, targets).outputs,
         activation=options.activation,
         batch_norm=options.batch_norm,
         dropout=options.dropout,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
-from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
 OPTIMIZERS: dict[str, partial[Optimizer]] = {
@@ -17,6 +17,9 @@ OPTIMIZERS: dict[str, partial[Optimizer]] = {
     "adagrad": partial(Adagrad, lr=1e-2),
     "adadelta": partial(Adadelta, lr=1.0),
     "rmsprop": partial(RMSprop, lr=1e-3),
+    "nadam": partial(NAdam, lr=1e-3),
+    "radam": partial(RAdam, lr=1e-3),
+    "adafactor": partial(Adafactor, lr=1e-2),
     "amsgrad": partial(Adam, lr=1e-3, amsgrad=True),
 }
 

@@ -50,8 +50,12 @@ class Options:
     init: Init
     checkpoint_activations: bool
     loss: str
+    quantiles: list[float]
     label_smoothing: float
     class_weights: str
+    sampling: str
+    mixup: float
+    noise: float
     l1: float
     l2: float
     optimizer: str
@@ -73,6 +77,7 @@ class Options:
     overwrite: bool
     resume: bool
     verify: bool
+    find_lr: bool
     positive: str | None
     baselines: bool
     calibrated: bool
@@ -86,7 +91,18 @@ class Options:
 
 
 # Options that do not change what a run computes: where it is written, and how it is judged.
-HOUSEKEEPING = ("out", "overwrite", "resume", "verify", "positive", "baselines", "calibrated", "predict", "to")
+HOUSEKEEPING = (
+    "out",
+    "overwrite",
+    "resume",
+    "verify",
+    "find_lr",
+    "positive",
+    "baselines",
+    "calibrated",
+    "predict",
+    "to",
+)
 
 
 # Options that a resumed run may be given anew: they change nothing that has been computed.
@@ -127,6 +143,7 @@ seed = number(int, "a whole number between 0 and 2**32 - 1", lambda value: 0 <= 
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 positive_or_zero = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
 probability = number(float, "a number between 0 and 1", lambda value: 0 <= value <= 1)
+proper_probability = number(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 proper_fraction = number(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
@@ -210,7 +227,15 @@ def _add_loss_options(loss: _ArgumentGroup) -> None:
         "--loss",
         choices=["auto", *(name for names in LOSSES.values() for name in names)],
         default="auto",
-        help="auto: cross_entropy for classification, mse for regression",
+        help="auto: cross_entropy for classification, mse for regression; bce: one output for two classes",
+    )
+    loss.add_argument(
+        "--quantiles",
+        type=proper_probability,
+        nargs="+",
+        metavar="Q",
+        default=[0.1, 0.5, 0.9],
+        help="of the pinball loss (0.1 0.5 0.9)",
     )
     loss.add_argument(
         "--label-smoothing", type=proper_fraction, metavar="E", default=0.0, help="of the cross-entropy (0)"
@@ -220,6 +245,18 @@ def _add_loss_options(loss: _ArgumentGroup) -> None:
         choices=["none", "balanced"],
         default="none",
         help="balanced: weights inversely proportional to class frequencies (none)",
+    )
+    loss.add_argument(
+        "--sampling",
+        choices=["rows", "balanced"],
+        default="rows",
+        help="rows of an epoch; rows: each once, balanced: each class equally often (rows)",
+    )
+    loss.add_argument(
+        "--mixup", type=positive_or_zero, metavar="A", default=0.0, help="mix rows with weights of Beta(A, A) (0: not)"
+    )
+    loss.add_argument(
+        "--noise", type=positive_or_zero, metavar="S", default=0.0, help="deviation of noise on training inputs (0)"
     )
     loss.add_argument("--l1", type=positive_or_zero, metavar="C", default=0.0, help="add C * sum(|w|) to the loss (0)")
     loss.add_argument(
@@ -278,6 +315,7 @@ def _add_run_options(run: _ArgumentGroup) -> None:
         default=True,
         help="after training, compare the Triton kernels with PyTorch on one batch",
     )
+    run.add_argument("--find-lr", action="store_true", help="train nothing: try rising learning rates and suggest one")
     run.add_argument(
         "--predict",
         metavar="FILE",

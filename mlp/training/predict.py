@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .checkpoint import atomic_write, load_checkpoint
 from .data import Targets
 from .errors import InputError
-from .net import make_model
+from .head import Head
+from .net import head_of, make_model
 from .options import saved_options
 from .preprocessing import Preprocessing
 
@@ -46,6 +47,7 @@ class Run:
         model: The net with the weights of its best epoch.
         targets: What it predicts.
         preprocessing: How columns become its inputs.
+        head: What its outputs mean.
         device: Where it is.
         temperature: What calibrated probabilities divide logits by; None if the run has none.
     """
@@ -53,6 +55,7 @@ class Run:
     model: nn.Module
     targets: Targets
     preprocessing: Preprocessing
+    head: Head
     device: torch.device
     temperature: float | None = None
 
@@ -62,7 +65,7 @@ class Run:
         return [column.name for column in self.preprocessing.columns]
 
     def outputs(self, frame: DataFrame) -> Tensor:
-        """The net's outputs (rows, outputs) on the CPU: logits, or standardised values.
+        """The net's outputs (rows, outputs) on the CPU; see `Head`.
 
         Raises:
             InputError: If a column is missing, or holds text instead of numbers.
@@ -86,7 +89,7 @@ class Run:
 
         Returns:
             A row for each row, with its number from 1. Classification: the class, and the probability of every class.
-            Regression: the targets in their own units.
+            Regression: the targets in their own units, and their quantiles if the net was trained for them.
 
         Raises:
             InputError: If a column is missing, or holds text instead of numbers, or the run has no temperature.
@@ -94,9 +97,14 @@ class Run:
         temperature = self.temperature if calibrated else 1.0
         if temperature is None:
             raise InputError("argument --calibrated: the run in --out has no temperature; it predicts no classes")
-        output, targets = self.outputs(frame), self.targets
+        raw, targets = self.outputs(frame), self.targets
+        output = self.head.decode(raw)
         if targets.task == "regression":
             found = DataFrame(targets.in_own_units(output), columns=targets.labels)
+            if self.head.loss == "pinball":
+                for quantile, values in zip(self.head.quantiles, self.head.by_quantile(raw).unbind(2), strict=True):
+                    columns = [f"{label} (quantile {quantile:g})" for label in targets.labels]
+                    found[columns] = targets.in_own_units(values)
         else:
             probabilities = (output.double() / temperature).softmax(1)
             columns = [f"p({label})" for label in targets.labels]
@@ -126,12 +134,14 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         raise InputError(f"argument --out: {folder / KEPT} does not exist; the run is of an older version") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"argument --out: {folder / KEPT} is damaged: {error}") from None
-    model = make_model(saved_options(best["options"]), targets, preprocessing)
+    options = saved_options(best["options"])
+    model = make_model(options, targets, preprocessing)
     model.load_state_dict(best["model"])
     metrics = folder / METRICS
     judged = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     temperature = judged.get("calibration", {}).get("temperature")
-    return Run(model.to(device).eval(), targets, preprocessing, torch.device(device), temperature)
+    head = head_of(options, targets)
+    return Run(model.to(device).eval(), targets, preprocessing, head, torch.device(device), temperature)
 
 
 def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:

@@ -14,7 +14,8 @@ from .checkpoint import atomic_write
 from .data import Data
 from .diagnose import diagnostics
 from .errors import CannotWrite, InputError
-from .judging import judge, positive_class
+from .judging import judge, judge_quantiles, positive_class
+from .lr_finder import LR_PICTURE, LR_TABLE
 from .metrics import classification_metrics, evaluate, regression_metrics
 from .plots import figures
 from .predict import BEST, KEPT, METRICS, predict
@@ -25,7 +26,20 @@ CONFIG, HISTORY = "config.json", "history.csv"
 # Metrics that the console leaves out.
 ONLY_IN_THE_FILE = "expected calibration error, equal mass", "average calibration error"
 PREDICTIONS, FOLDS = "predictions.csv", "folds.csv"
-FILES = (CONFIG, METRICS, HISTORY, LAST, KEPT_FOR_RECOVERY, BEST, KEPT, REPORT, PREDICTIONS, FOLDS)
+FILES = (
+    LR_TABLE,
+    LR_PICTURE,
+    CONFIG,
+    METRICS,
+    HISTORY,
+    LAST,
+    KEPT_FOR_RECOVERY,
+    BEST,
+    KEPT,
+    REPORT,
+    PREDICTIONS,
+    FOLDS,
+)
 PLOTS = ("loss", "roc", "precision_recall", "calibration", "confusion", "predicted_vs_true", "residuals", "diagnose")
 
 
@@ -100,9 +114,12 @@ def write_report(training: Training) -> Report:
     """
     folder, data, options = training.folder, training.data, training.options
     best_epoch = load_best(folder, training.model)
-    output, val_output = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
+    raw, val_raw = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
+    output, val_output = training.head.decode(raw), training.head.decode(val_raw)
     test = evaluate(output, data, data.test.y)
     judged = judge(output, val_output, data, options.positive)
+    if training.head.loss == "pinball":
+        judged["quantiles"] = judge_quantiles(raw, training.head, data)
     baselines = compare_baselines(data) if options.baselines else {}
     write_json(
         folder / METRICS,
@@ -201,6 +218,8 @@ def in_words(report: Report) -> list[str]:
             f"temperature {calibration['temperature']:.2f}, fitted on the validation split: expected calibration error "
             f"{before:.4f} before, {after:.4f} after"
         )
+    for each in report.judged.get("quantiles", ()):
+        said.append(f"{each['below']:.1%} of the true values lie below the predicted quantile {each['quantile']:g}")
     if threshold := report.judged.get("threshold"):
         said.append(
             f"class {threshold['positive']!r} from probability {threshold['threshold']:.2f}, chosen on the validation "

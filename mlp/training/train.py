@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .augmentation import add_noise, balanced_order, mix
 from .checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from .data import Data
 from .diagnose import diagnose
 from .errors import Diverged, InputError
 from .loss import make_loss
 from .metrics import evaluate
-from .net import make_model
+from .net import head_of, make_model
 from .optim import make_optimizer, make_scheduler, penalised, scale_rate, stretch
 from .options import Options, configuration, resolve_device
 from .predict import BEST, predict
@@ -50,7 +51,10 @@ class Training:
         self.options, self.data, self.folder = options, data, folder
         self.device = resolve_device(options.device)
         self.train, self.val = data.train.to(self.device), data.val.to(self.device)
-        self.loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, self.device)
+        if options.sampling == "balanced" and data.task == "regression":
+            raise InputError("argument --sampling: balanced does not fit regression; allowed is rows")
+        self.head = head_of(options, data.targets)
+        self.loss = make_loss(self.head, data, options.label_smoothing, options.class_weights, self.device)
 
         torch.manual_seed(options.seed)
         self.model = self.build()
@@ -210,10 +214,20 @@ class Training:
             The mean loss of each step, a float32 scalar on the device.
         """
         self.model.train()
-        order = torch.randperm(len(self.train), generator=self.row_order).to(self.device)
+        if self.options.sampling == "balanced":
+            order = balanced_order(self.train.y, self.row_order)
+        else:
+            order = torch.randperm(len(self.train), generator=self.row_order)
+        order = order.to(self.device)
         # Parts of nearly equal size: full batches could leave one row over, which batch norm cannot train on.
         for rows in order.tensor_split(self.steps_per_epoch):
-            yield self.step(self.train.x[rows], self.train.y[rows])
+            yield self.step(*self.augment(self.train.x[rows], self.train.y[rows]))
+
+    def augment(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a step, mixed and with noise if the options say so."""
+        if self.options.mixup:
+            x, y = mix(x, y, self.options.mixup, len(self.data.labels), self.row_order)
+        return (add_noise(x, self.options.noise) if self.options.noise else x), y
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Run one optimizer step in micro-batches.
@@ -288,7 +302,8 @@ class Training:
         """Compute the mean loss and the metrics of the validation split; no metrics if the loss is not finite."""
         output = self.predict(self.val.x)
         loss = self.loss.mean(output, self.val.y).item()
-        metrics = evaluate(output.cpu(), self.data, self.data.val.y) if math.isfinite(loss) else {}
+        decoded = self.head.decode(output).cpu()
+        metrics = evaluate(decoded, self.data, self.data.val.y) if math.isfinite(loss) else {}
         return loss, metrics
 
     def predict(self, x: Tensor) -> Tensor:

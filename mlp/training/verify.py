@@ -25,7 +25,7 @@ from .checkpoint import atomic_write, load_checkpoint
 from .data import load_data
 from .errors import InputError
 from .loss import Loss, make_loss
-from .net import make_model
+from .net import head_of, make_model
 from .options import resolve_device, saved_options
 from .predict import BEST
 
@@ -146,7 +146,7 @@ def verify(folder: Path) -> int:
     model = make_model(options, data.targets, data.preprocessing).to(device)
     model.load_state_dict(best["model"])
     batch = data.train.to(device)
-    loss = make_loss(options.loss, data, options.label_smoothing, options.class_weights, device)
+    loss = make_loss(head_of(options, data.targets), data, options.label_smoothing, options.class_weights, device)
 
     with ledger() as launched:
         rows = compare(model, batch.x[:ROWS], batch.y[:ROWS], loss)

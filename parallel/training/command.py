@@ -223,9 +223,9 @@ def run(argv: Sequence[str]) -> int:
             f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
             "cpu, cuda"
         )
-    for name in ("predict", "folds", "recover", "diagnose"):
+    for name in ("predict", "folds", "recover", "diagnose", "find_lr"):
         if getattr(options, name):
-            raise InputError(f"argument --{name}: works in one process: python -m fusemlp.mlp")
+            raise InputError(f"argument --{name.replace('_', '-')}: works in one process: python -m fusemlp.mlp")
     torch.set_num_threads(options.threads or 1)
     data = load_data(options.source)
     device_type = resolve_device(options.device).type

@@ -26,7 +26,7 @@ from ...mlp.model import MLP
 from ...mlp.training.checkpoint import load_checkpoint, save_checkpoint
 from ...mlp.training.data import Data
 from ...mlp.training.errors import Diverged, InputError
-from ...mlp.training.net import make_model
+from ...mlp.training.net import head_of, make_model
 from ...mlp.training.options import Options, configuration
 from ...mlp.training.predict import BEST, PREDICT_ROWS
 from ...mlp.training.train import Training
@@ -66,6 +66,9 @@ class ParallelTraining(Training):
             raise InputError(
                 f"argument --batch-size: {options.batch_size}; --dp {layout.dp} needs at least {2 * layout.dp}"
             )
+        if layout.pp > 1 and (options.mixup or options.loss == "bce"):
+            what = "--mixup" if options.mixup else "--loss bce"
+            raise InputError(f"argument --pp: {layout.pp} does not fit {what}, whose rows a pipeline cannot leave out")
         self.layout, self.mesh = layout, mesh
         self.dp = Ranks.of(layout.data_parallel(mesh))
         super().__init__(options, data, folder)
@@ -102,7 +105,9 @@ class ParallelTraining(Training):
         """One row of the input of every pipeline stage, and of the output of the last one, on the meta device."""
         bounds = stage_bounds(model, self.layout.stages)
         layers: list[Any] = list(model.children())
-        widths = [layers[first].in_features for first in bounds[:-1]] + [len(self.data.labels)]
+        widths = [layers[first].in_features for first in bounds[:-1]] + [
+            head_of(self.options, self.data.targets).outputs
+        ]
         # A net of the same layers, as narrow as can be, shows what autocast makes of the dtypes.
         with torch.device("meta"):
             narrow = self._make_model(replace(self.options, hidden=[1] * len(self.options.hidden)))
@@ -198,7 +203,7 @@ class ParallelTraining(Training):
         for rows in x.split(PREDICT_ROWS):
             with torch.no_grad():
                 found = self.pipeline.predict(rows)
-            output = torch.empty(len(rows), len(self.data.labels), device=self.device)
+            output = torch.empty(len(rows), self.head.outputs, device=self.device)
             output = output if found is None else found.float()
             dist.broadcast(output, dist.get_global_rank(group, self.layout.pp - 1), group=group)
             outputs.append(output)

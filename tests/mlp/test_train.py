@@ -13,6 +13,7 @@ from fusemlp.mlp.training.checkpoint import load_checkpoint
 from fusemlp.mlp.training.command import main
 from fusemlp.mlp.training.data import Source, load_data
 from fusemlp.mlp.training.errors import Diverged, InputError
+from fusemlp.mlp.training.head import make_head
 from fusemlp.mlp.training.loss import make_loss
 from fusemlp.mlp.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer, make_scheduler, penalised
 from fusemlp.mlp.training.options import parse_options
@@ -114,7 +115,7 @@ def test_clipping_bounds_the_norm(tmp_path):
 
 def test_class_weights_are_scikit_learns_balanced(tmp_path):
     data = load_data(Source(dataset="breast_cancer"))
-    loss = make_loss("cross_entropy", data, 0.0, "balanced")
+    loss = make_loss(make_head(data.targets, "cross_entropy", []), data, 0.0, "balanced")
     counts = torch.bincount(data.train.y)
     per_class = [loss.count(torch.tensor([label])).item() for label in (0, 1)]
     assert per_class == pytest.approx((len(data.train) / (2 * counts)).tolist())
