@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from pandas import DataFrame
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
-from .data import load_data
+from .data import Data, load_data
 from .errors import CannotWrite, Diverged, InputError, Interrupted
 from .judging import positive_class
 from .lr_finder import LR_PICTURE, LR_TABLE, find_rate, write_range_test
@@ -84,11 +86,14 @@ def run(argv: Sequence[str] | None) -> int:
         return run_folds(options, folder)
     data = load_data(options.source)
     positive_class(data, options.positive)
+    if options.search:
+        prepare_folder(folder, options.overwrite)
+        options = run_search(options, data, folder)
     training = Training(options, data, folder)
     if options.find_lr:
         return run_range_test(training, options.overwrite)
     if saved is None:
-        prepare_folder(folder, options.overwrite)
+        prepare_folder(folder, options.overwrite or options.search > 0)
     else:
         training.go_on(saved)
     introduce(training)
@@ -136,6 +141,19 @@ def run_folds(options: Options, folder: Path) -> int:
     console.print(write_folds(folder, found, f"{options.source.name}: test splits of {options.folds} folds"))
     console.print(f"wrote {folder}: {FOLDS} and a run for each fold")
     return 0
+
+
+def run_search(options: Options, data: Data, folder: Path) -> Options:
+    """Search for options, print and write the trials, and return the best options."""
+    # Optuna is optional, and takes a second to import.
+    searching: Any = import_module(f"{__package__}.search")
+    study, best = searching.search(options, data)
+    names = searching.write_search(study, folder)
+    console.print(
+        f"best of {len(study.trials)} trials: validation loss {study.best_value:.4f} with {study.best_params}"
+    )
+    console.print(f"wrote {folder}: {', '.join(names)}; the net with these options is trained now")
+    return best
 
 
 def run_range_test(training: Training, overwrite: bool) -> int:

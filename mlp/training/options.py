@@ -10,6 +10,7 @@ from argparse import (
 )
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -78,6 +79,9 @@ class Options:
     resume: bool
     verify: bool
     find_lr: bool
+    search: int
+    sampler: str
+    storage: str | None
     positive: str | None
     baselines: bool
     calibrated: bool
@@ -315,6 +319,17 @@ def _add_run_options(run: _ArgumentGroup) -> None:
         default=True,
         help="after training, compare the Triton kernels with PyTorch on one batch",
     )
+    run.add_argument(
+        "--search",
+        type=count_or_zero,
+        metavar="N",
+        default=0,
+        help="train N nets of other width, depth, dropout, rate, decay and batch size, then the best one (0)",
+    )
+    run.add_argument(
+        "--sampler", choices=["tpe", "random", "grid"], default="tpe", help="how --search chooses options (tpe)"
+    )
+    run.add_argument("--storage", metavar="FILE", help="SQLite file of --search, which can go on from there")
     run.add_argument("--find-lr", action="store_true", help="train nothing: try rising learning rates and suggest one")
     run.add_argument(
         "--predict",
@@ -399,6 +414,12 @@ def _check(options: Options) -> None:
         raise InputError("argument --predict: needs --out, the folder of the run that predicts")
     if options.to is not None and options.predict is None:
         raise InputError(f"argument --to: {options.to!r} given without --predict; allowed only with --predict")
+    if options.storage is not None and not options.search:
+        raise InputError(f"argument --storage: {options.storage!r} given without --search; allowed only with --search")
+    if options.search and (options.resume or options.folds is not None):
+        raise InputError("argument --search: does not fit --resume and --folds")
+    if options.search and find_spec("optuna") is None:
+        raise InputError("argument --search: needs Optuna: pip install optuna")
     if options.calibrated and options.predict is None:
         raise InputError("argument --calibrated: allowed only with --predict")
     if options.folds is not None and options.resume:

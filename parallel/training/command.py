@@ -223,7 +223,7 @@ def run(argv: Sequence[str]) -> int:
             f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
             "cpu, cuda"
         )
-    for name in ("predict", "folds", "recover", "diagnose", "find_lr"):
+    for name in ("predict", "folds", "recover", "diagnose", "find_lr", "search"):
         if getattr(options, name):
             raise InputError(f"argument --{name.replace('_', '-')}: works in one process: python -m fusemlp.mlp")
     torch.set_num_threads(options.threads or 1)

@@ -1,0 +1,60 @@
+"""The search for options: trials on the validation split, then one run that is tested."""
+
+import json
+
+import pandas as pd
+import pytest
+from fusemlp.mlp.training import metrics, report
+from fusemlp.mlp.training.command import main
+
+optuna = pytest.importorskip("optuna")
+SMALL = "--dataset iris --no-verify --no-baselines --threads 1 --epochs 3".split()  # noqa: SIM905
+
+
+def test_a_search_ends_in_a_run_with_the_best_options(tmp_path, capsys, monkeypatch):
+    tested = []
+
+    def evaluate(output, data, target):
+        tested.append(len(target))
+        return metrics.evaluate(output, data, target)
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    assert main([*SMALL, "--search", "3", "--out", str(tmp_path)]) == 0
+    assert "best of 3 trials: validation loss" in capsys.readouterr().out
+    trials = pd.read_csv(tmp_path / "trials.csv")
+    assert len(trials) == 3
+    best = trials.loc[trials["value"].idxmin()]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["lr"] == pytest.approx(best["params_lr"])
+    assert config["hidden"] == [best["params_width"]] * int(best["params_depth"])
+    assert len(tested) == 2  # the test and the validation split, once, by the winner
+    for name in ("search.png", "search_options.png", "metrics.json"):
+        assert (tmp_path / name).stat().st_size
+
+
+def test_a_search_goes_on_from_its_storage(tmp_path):
+    storage = ["--storage", str(tmp_path / "trials.db"), "--sampler", "random", "--overwrite"]
+    for count in (2, 3):
+        assert main([*SMALL, "--search", str(count), *storage, "--out", str(tmp_path / "run")]) == 0
+        assert len(pd.read_csv(tmp_path / "run" / "trials.csv")) == count
+
+
+def test_a_seed_decides_the_trials(tmp_path):
+    for name in ("one", "two"):
+        assert main([*SMALL, "--search", "2", "--sampler", "grid", "--out", str(tmp_path / name)]) == 0
+    one, two = (pd.read_csv(tmp_path / name / "trials.csv") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two)
+
+
+REFUSED = {
+    "storage": (["--storage", "x.db"], "argument --storage: 'x.db' given without --search"),
+    "folds": (["--search", "2", "--folds", "3"], "argument --search: does not fit --resume and --folds"),
+    "file": (["--search", "2", "--storage", "/nowhere/x.db"], "argument --storage: /nowhere/x.db cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_use_is_one_line(options, message, tmp_path, capsys):
+    assert main([*SMALL, *options, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
