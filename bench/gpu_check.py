@@ -54,7 +54,7 @@ BENCHMARKS = {"nets": "mlp", "operations": "ops"}
 CASES = {"nets": NETS, "operations": OPERATIONS}
 CORRECTNESS = (
     *("functional", "modules", "model", "chain", "devices", "distributed", "block", "recompute", "fuse"),
-    *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "opinfo"),
+    *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "lectures", "opinfo"),
 )
 TESTS = {
     "gpu": ["tests/mlp/test_gpu.py"],

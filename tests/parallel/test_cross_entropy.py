@@ -3,10 +3,10 @@
 import pytest
 import torch
 from fusemlp.kernels import launch
-from fusemlp.parallel import vocab_parallel_cross_entropy
-from fusemlp.parallel.collectives import Collective, ledger
+from fusemlp.parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
+from fusemlp.parallel.collectives import Collective, Ranks, ledger
 from losses import OPTIONS
-from ranks import everyone, on_ranks
+from ranks import everyone, on_ranks, whole
 from tolerance import assert_as_close_as_torch
 from torch.nn import functional as torch_F
 
@@ -183,3 +183,30 @@ def compiled():
 
 def test_compiled():
     on_ranks(2, compiled)
+
+
+def slices(split):
+    """The lecture's gradients of the last layer's parts. Row split is over classes, column split over inputs."""
+    torch.manual_seed(1)
+    mesh = everyone()
+    ranks = Ranks.of(mesh)
+    x, target = torch.randn(6, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 5])
+    options = {"mesh": mesh, "dtype": torch.float64}
+    if split == "rows":
+        layer = ColumnParallelLinear(8, 6, **options)
+        loss = vocab_parallel_cross_entropy(layer(x), target, mesh=mesh)
+        mine, inputs = ranks.part(6), slice(None)
+    else:
+        layer = RowParallelLinear(8, 6, input_is_parallel=False, **options)
+        loss = torch_F.cross_entropy(layer(x), target)
+        mine, inputs = slice(None), ranks.part(8)
+    loss.backward()
+    weight, bias = (whole(p).detach() for p in (layer.weight, layer.bias))
+    error = ((x @ weight.T + bias).softmax(1) - torch.eye(6, dtype=torch.float64)[target]) / 6  # (P - Y) / rows
+    torch.testing.assert_close(layer.weight.grad.to_local(), error[:, mine].T @ x[:, inputs])
+    torch.testing.assert_close(layer.bias.grad.to_local(), error[:, mine].sum(0))
+
+
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_slices_of_p_minus_y(split):
+    on_ranks(2, slices, split)
