@@ -1,6 +1,6 @@
 """MLP, a Sequential made from widths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,40 +14,51 @@ from .modules import BatchNorm1d, Dropout, Linear
 from .reference import Activation
 from .sequential import ACTIVATION_MODULES, Sequential, by_kernels
 
-Init = Literal["auto", "he", "xavier", "orthogonal", "torch"]
+Init = Literal["auto", "he", "xavier", "orthogonal", "normal", "uniform", "identity", "zero", "torch"]
 
 SATURATING = ("sigmoid", "tanh")
+# Of "normal" and "uniform".
+SMALL = 0.01
 
 
-def init_linear(layer: nn.Linear, init: Init, activation: str | None) -> None:
+def init_linear(layer: nn.Linear, init: Init, activation: str | None, bias: float = 0.0) -> None:
     """Initialise a linear layer in place.
 
     "he" draws normal weights with standard deviation sqrt(2 / in_features) (He et al. 2015), and "xavier" with
     sqrt(2 / (in_features + out_features)) (Glorot and Bengio 2010). "orthogonal" draws an orthogonal matrix (Saxe et
-    al. 2014). "torch" draws what torch.nn.Linear draws. "auto" is "xavier" for saturating activations and without an
-    activation, else "he". The bias is set to zero, except with "torch".
+    al. 2014). "normal" draws normal weights with standard deviation 0.01, and "uniform" weights between -0.01 and 0.01.
+    "identity" has ones on the diagonal and zeros elsewhere, and "zero" zeros: all units of a layer then stay alike.
+    "torch" draws what torch.nn.Linear draws, the bias too. "auto" is "xavier" for saturating activations and without an
+    activation, else "he".
 
     Args:
         layer: the layer.
-        init: "auto", "he", "xavier", "orthogonal" or "torch".
+        init: one of `Init`.
         activation: name of the net's activation, or None.
+        bias: value of the bias; "torch" ignores it.
     """
     if init == "torch":
         layer.reset_parameters()
         return
     if init == "auto":
         init = "xavier" if activation is None or activation in SATURATING else "he"
-    if init == "he":
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    elif init == "xavier":
-        nn.init.xavier_normal_(layer.weight)
-    else:
+    if init == "orthogonal":
         # orthogonal_ uses a factorisation that has no 16-bit implementation.
         wide = torch.empty_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32))
         with torch.no_grad():
             layer.weight.copy_(nn.init.orthogonal_(wide))
+    else:
+        draw: dict[str, Callable[[Tensor], Tensor]] = {
+            "he": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+            "xavier": nn.init.xavier_normal_,
+            "normal": partial(nn.init.normal_, std=SMALL),
+            "uniform": partial(nn.init.uniform_, a=-SMALL, b=SMALL),
+            "identity": nn.init.eye_,
+            "zero": nn.init.zeros_,
+        }
+        draw[init](layer.weight)
     if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+        nn.init.constant_(layer.bias, bias)
 
 
 class MLP(Sequential):
@@ -64,7 +75,8 @@ class MLP(Sequential):
         batch_norm: whether to normalise between the linear layer and the activation.
         dropout: probability, in [0, 1], of dropping an element after the activation. With 0 there is no dropout module.
         bias: whether the linear layers have a bias.
-        init: "auto", "he", "xavier", "orthogonal" or "torch"; see `init_linear`.
+        init: how weights are drawn; see `init_linear`.
+        bias_init: initial value of the biases; init="torch" ignores it.
         checkpoint: whether to keep only one tensor of each hidden layer for backward and compute the others again. The
             kernels keep the output of the linear layer, so that its product is not repeated. PyTorch keeps the input
             of the layer.
@@ -87,6 +99,7 @@ class MLP(Sequential):
         dropout: float = 0.0,
         bias: bool = True,
         init: Init = "auto",
+        bias_init: float = 0.0,
         checkpoint: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,6 +114,7 @@ class MLP(Sequential):
         super().__init__()
         self.checkpoint = checkpoint
         self.init: Init = init
+        self.bias_init = bias_init
         self.activation: Activation | None = activation
         # Modules that are made on the meta device draw no weights. Those are drawn once, by reset_parameters.
         *fans_in, last = in_features, *hidden_features
@@ -128,7 +142,7 @@ class MLP(Sequential):
 
     def init_layer(self, layer: nn.Linear) -> None:
         """Draw the weights of one layer. Subclasses may override this method."""
-        init_linear(layer, self.init, self.activation)
+        init_linear(layer, self.init, self.activation, self.bias_init)
 
     def run_on_one_device(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled():

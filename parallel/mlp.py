@@ -142,7 +142,7 @@ class ParallelMLP(MLP):
         self.reset_parameters()
 
     def init_layer(self, layer: nn.Linear) -> None:
-        init = partial(init_linear, init=self.init, activation=self.activation)
+        init = partial(init_linear, init=self.init, activation=self.activation, bias=self.bias_init)
         layer.draw(init) if isinstance(layer, ParallelLinear) else init(layer)
 
     def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:

@@ -64,6 +64,7 @@ def make_model(options: Options, targets: Targets, preprocessing: Preprocessing)
         batch_norm=options.batch_norm,
         dropout=options.dropout,
         init=options.init,
+        bias_init=options.bias_init,
         checkpoint=options.checkpoint_activations,
     )
     return EmbeddedMLP(mlp, categories) if categories else mlp

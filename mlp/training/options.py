@@ -49,6 +49,7 @@ class Options:
     batch_norm: bool
     dropout: float
     init: Init
+    bias_init: float
     checkpoint_activations: bool
     loss: str
     quantiles: list[float]
@@ -146,6 +147,7 @@ count_or_zero = number(int, "a whole number of at least 0", lambda value: value 
 seed = number(int, "a whole number between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 positive_or_zero = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+finite = number(float, "a finite number", math.isfinite)
 probability = number(float, "a number between 0 and 1", lambda value: 0 <= value <= 1)
 proper_probability = number(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 proper_fraction = number(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -223,6 +225,7 @@ def _add_model_options(model: _ArgumentGroup) -> None:
     model.add_argument(
         "--init", choices=get_args(Init), default="auto", help="initial weights; auto: He or Xavier, by activation"
     )
+    model.add_argument("--bias-init", type=finite, metavar="V", default=0.0, help="initial value of the biases (0)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
 
 

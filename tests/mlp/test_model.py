@@ -167,6 +167,22 @@ class TestInit:
         wide = torch.promote_types(dtype, torch.float32)
         assert error < torch.finfo(dtype).eps + 10 * torch.finfo(wide).eps
 
+    def test_small_weights(self):
+        normal, uniform = (MLP(300, [200], OUT, init=init)[0].weight for init in ("normal", "uniform"))
+        assert normal.std().item() == pytest.approx(0.01, rel=0.02)
+        assert uniform.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.02)
+        assert uniform.abs().max() <= 0.01
+
+    def test_identity_and_zero(self):
+        net = MLP(3, [3, 3], 3, activation=None, init="identity")
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(net(x), x)
+        assert not any(p.any() for p in MLP(3, [4], 2, init="zero").parameters())
+
+    def test_biases_start_at_a_value(self):
+        net = MLP(IN, HIDDEN, OUT, bias_init=0.5)
+        assert all((layer.bias == 0.5).all() for layer in net if isinstance(layer, nn.Linear))
+
     @pytest.mark.parametrize("init", ["auto", "he", "xavier", "orthogonal"])
     def test_biases_start_at_zero(self, init):
         net = MLP(IN, HIDDEN, OUT, init=init)
@@ -201,7 +217,7 @@ class TestInit:
         ({"dropout": -0.1}, ValueError, "dropout: -0.1; must be between 0 and 1"),
         ({"dropout": 1.1}, ValueError, "dropout: 1.1; must be between 0 and 1"),
         ({"dropout": math.nan}, ValueError, "dropout: nan; must be between 0 and 1"),
-        ({"init": "lecun"}, ValueError, "init: 'lecun'; allowed are 'auto', 'he', 'xavier', 'orthogonal', 'torch'"),
+        ({"init": "lecun"}, ValueError, "init: 'lecun'; allowed are 'auto', 'he', 'xavier', 'orthogonal'"),
     ],
     ids=str,
 )
