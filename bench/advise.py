@@ -177,30 +177,26 @@ def reason(case: NetCase, found: list[Choice], fastest: dict[int, float], cluste
         cluster: The cluster.
     """
     best, memory = found[0], cluster.device.memory_gb
+    ranks, step = best.layout.ranks, best.step
     if not best.fits:
-        return (
-            f"no layout fits into {memory:g} GB; the smallest, {best.layout}, needs {best.step.memory_gb:.3g} GB: take "
-            "more ranks"
-        )
-    step = best.step
+        return f"nothing fits into {memory:g} GB on {ranks} ranks; {best.layout} needs {step.memory_gb:.3g} GB"
     limit = max(step.parts, key=lambda part: step.parts[part])
-    clauses = [
-        f"take {best.layout}: {step.modelled_us:.3g} us, of which {limit} {step.parts[limit] / step.modelled_us:.0%}"
-    ]
-    others = [each for each in found if each.fits and each.layout.kind != best.layout.kind]
-    if others:
-        other = others[0]
+    share = step.parts[limit] / step.modelled_us
+    clauses = [f"on {ranks} ranks take {best.layout}: {_us(step.modelled_us)}, {share:.0%} of it for {limit}"]
+    other = next((each for each in found if each.fits and each.layout.kind != best.layout.kind), None)
+    if other is not None:
         clauses.append(_against(other, step))
-    plain = next(
-        (each for each in found if each.layout.kind == "dp" and not each.fits),
-        None,
-    )
-    if plain is not None:
-        clauses.append(f"dp alone needs {plain.step.memory_gb:.3g} of {memory:g} GB")
+    too_large = next((each for each in found if each.layout.kind == "dp" and not each.fits), None)
+    if too_large is not None:
+        clauses.append(f"dp alone needs {too_large.step.memory_gb:.3g} of {memory:g} GB")
     fewer = min(fastest, key=lambda count: fastest[count])
-    if fewer < best.layout.ranks:
-        clauses.append(f"{fewer} rank{'s' * (fewer > 1)} would take only {fastest[fewer]:.3g} us")
+    if fastest[fewer] < step.modelled_us:
+        clauses.append(f"but {fewer} {'ranks take' if fewer > 1 else 'rank takes'} only {_us(fastest[fewer])}")
     return "; ".join(clauses)
+
+
+def _us(us: float) -> str:
+    return f"{us:,.0f} us" if us >= 100 else f"{us:.3g} us"
 
 
 def _against(other: Choice, step: Step) -> str:

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..kernels.cost_model import Gemm, cublas_us
+from ..kernels.gpu import H200, Gpu
 from .cluster import Rate
 from .command import dtype_name
 
 SHAPE = ["M", "N", "K"]
 CEILINGS, PRODUCTS = "ceilings.csv", "products.csv"
+FAR = 100.0  # farther than the logarithms of any sizes are apart
 
 
 class Measured(NamedTuple):
@@ -67,75 +71,111 @@ def read_numbers(path: Path, columns: Sequence[str], option: str, names: Sequenc
     return table.assign(**{column: numbers[column] for column in columns})
 
 
-def read_rates(path: Path, option: str = "--rates") -> pd.DataFrame:
-    """Read measured rates of products from a CSV file with the columns M, N, K and tflops; see `read_numbers`."""
-    columns = [*SHAPE, "tflops"]
-    return read_numbers(path, columns, option)[columns]
-
-
-def fastest_rates(path: Path, option: str) -> pd.DataFrame:
-    """The rate of the fastest measured variant of each shape: a tile of fusemlp with any epilogue, or cuBLAS.
+def nearest(table: pd.DataFrame, column: str) -> Callable[[int, int, int], float]:
+    """Make a function that looks up what was measured for the nearest shape.
 
     Args:
-        path: Table of the `products` command. Variants that failed have no time and are left out.
-        option: The option that names the file, for errors.
+        table: A table with the columns M, N, K and `column`.
+        column: The column to look up.
 
     Returns:
-        A table with the columns M, N, K and tflops.
+        f(M, N, K). Distances are those of the logarithms of the shapes, but sizes above 8 that are multiples of 8 are
+        far from those that are not, which cannot be loaded 16 bytes at a time. Ties go to the first row.
     """
-    table = read_numbers(path, [*SHAPE, "cublas_us"], option)
+
+    def places(shapes: np.ndarray) -> np.ndarray:
+        return np.log(shapes) + FAR * ((shapes > 8) & (shapes % 8 != 0))
+
+    measured, values = places(table[SHAPE].to_numpy(float)), table[column].to_numpy(float)
+
+    def look_up(M: int, N: int, K: int) -> float:
+        return float(values[np.argmin(((measured - places(np.array([M, N, K]))) ** 2).sum(axis=1))])
+
+    return look_up
+
+
+def read_rates(path: Path) -> Rate:
+    """Read measured rates of products from the CSV file of --rates, with the columns M, N, K and tflops.
+
+    Returns:
+        The rate of the nearest shape, for any dtype.
+
+    Raises:
+        ValueError: See `read_numbers`.
+    """
+    of_shape = functools.cache(nearest(read_numbers(path, [*SHAPE, "tflops"], "--rates"), "tflops"))
+    return lambda M, N, K, dtype: of_shape(M, N, K)
+
+
+def fastest_times(path: Path) -> pd.DataFrame:
+    """The time of the fastest variant of each shape: a tile of fusemlp with any epilogue, or cuBLAS.
+
+    Args:
+        path: Table of the `products` command. Variants that failed have no time.
+
+    Returns:
+        A table with the columns M, N, K and us.
+    """
+    table = read_numbers(path, [*SHAPE, "cublas_us"], "--measured")
     us = table.reindex(columns=["us", "cublas_us"]).apply(pd.to_numeric, errors="coerce").min(axis=1)
-    return table[SHAPE].assign(tflops=2 * table[SHAPE].prod(axis=1) / (1e6 * us)).groupby(SHAPE, as_index=False).max()
+    return table[SHAPE].assign(us=us).groupby(SHAPE, as_index=False).min()
 
 
-def nearest_rate(rates: pd.DataFrame) -> Rate:
-    """Make a function that looks up the rate of the measured product whose shape is nearest.
+def rate_like_measured(times: pd.DataFrame, figures: Gpu) -> Callable[[int, int, int], float]:
+    """Carry measured times over to other shapes of 16-bit products.
+
+    The time of a shape is that of `cost_model.cublas_us`, times the ratio of measured to modelled time of the nearest
+    measured shape. A shape that was measured has the measured time.
 
     Args:
-        rates: Table of `read_rates`.
+        times: Table of `fastest_times`.
+        figures: Figures of the device for the model.
 
     Returns:
-        rate(M, N, K, dtype) in TFLOP/s, for any dtype. Distances are those of the logarithms of the shapes; ties go to
-        the first row.
+        rate(M, N, K) in TFLOP/s.
     """
-    shapes, tflops = np.log(rates[SHAPE].to_numpy(float)), rates["tflops"].to_numpy(float)
+
+    def modelled_us(M: int, N: int, K: int) -> float:
+        return cublas_us(Gemm(M, N, K), figures)
+
+    modelled = [modelled_us(M, N, K) for M, N, K in times[SHAPE].itertuples(index=False)]
+    ratio = nearest(times.assign(ratio=times["us"] / modelled), "ratio")
 
     @functools.cache
-    def rate(M: int, N: int, K: int, dtype: torch.dtype) -> float:
-        return float(tflops[np.argmin(((shapes - np.log([M, N, K])) ** 2).sum(axis=1))])
+    def rate(M: int, N: int, K: int) -> float:
+        return 2 * M * N * K / (1e6 * modelled_us(M, N, K) * ratio(M, N, K))
 
     return rate
 
 
-def read_measured(folder: Path, option: str = "--measured") -> Measured:
-    """Read bandwidth and rates from a folder of results.
+def read_measured(folder: Path) -> Measured:
+    """Read bandwidth and rates from the folder of results of --measured.
 
     The bandwidth is that of copies in ceilings.csv, which `roofline` writes. The rates of products of 16-bit types are
-    those of products.csv, which `products` writes, by the nearest shape. Where there is no such file, and for other
+    those of products.csv, which `products` writes; see `rate_like_measured`. Where there is no such file, and for other
     types, a product has the rate of the large products of its type in ceilings.csv.
-
-    Args:
-        folder: The folder.
-        option: The option that names the folder, for errors.
 
     Raises:
         ValueError: If there is no such folder, or a file cannot be used.
     """
     if not folder.is_dir():
-        raise ValueError(f"argument {option}: {folder}: no such folder")
-    ceilings = read_numbers(folder / CEILINGS, ["copy_gb_s", "gemm_tflops"], option, ["dtype"]).set_index("dtype")
-    large: dict[str, float] = ceilings["gemm_tflops"].to_dict()
+        raise ValueError(f"argument --measured: {folder}: no such folder")
+    ceilings = read_numbers(folder / CEILINGS, ["copy_gb_s", "gemm_tflops"], "--measured", ["dtype"])
+    bandwidth_tb_s = float(ceilings["copy_gb_s"].iloc[0]) / 1e3
+    large: dict[str, float] = ceilings.set_index("dtype")["gemm_tflops"].to_dict()
     source = f"{folder.resolve().name}/{CEILINGS}"
-    by_shape, rate_source = None, source
+    of_shape, rate_source = None, source
     if (products := folder / PRODUCTS).exists():
-        by_shape = nearest_rate(fastest_rates(products, option))
-        rate_source = f"{folder.resolve().name}/{PRODUCTS} (16-bit) and {CEILINGS} (other types)"
+        # Where the model needs more figures than were measured, the nearest shape corrects those of an H200.
+        figures = replace(H200, copy_tb_s=bandwidth_tb_s, gemm_tflop_s=max(large.values()))
+        of_shape = rate_like_measured(fastest_times(products), figures)
+        rate_source = f"{folder.resolve().name}/{PRODUCTS} (16-bit types) and {CEILINGS} (others)"
 
     def rate(M: int, N: int, K: int, dtype: torch.dtype) -> float:
-        if by_shape is not None and dtype.itemsize == 2:
-            return by_shape(M, N, K, dtype)
+        if of_shape is not None and dtype.itemsize == 2:
+            return of_shape(M, N, K)
         if (name := dtype_name(dtype)) not in large:
-            raise ValueError(f"argument {option}: {folder / CEILINGS}: has no row of {name}; has {', '.join(large)}")
+            raise ValueError(f"argument --measured: {folder / CEILINGS}: has no row for {name}; has {', '.join(large)}")
         return large[name]
 
-    return Measured(float(ceilings["copy_gb_s"].iloc[0]) / 1e3, source, rate, rate_source)
+    return Measured(bandwidth_tb_s, source, rate, rate_source)

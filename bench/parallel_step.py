@@ -41,6 +41,7 @@ BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 STATE_BYTES = 16
 UPDATE_BYTES = 28
 
+
 def overlapped_us(computes: Sequence[float], before: Sequence[float], after: Sequence[float]) -> float:
     """The time of a pass over layers that begins and ends transfers on one link.
 
@@ -233,9 +234,7 @@ def net_step(case: NetCase, layout: Layout, cluster: Cluster) -> Step:
     rows = math.ceil(case.rows / (layout.data * layout.micro_batches))
     of_stages = [
         stage_step(stage, number, layout, cluster)
-        for number, stage in enumerate(
-            stages(replace(case, rows=rows), layout.tp, layout.pp, layout.chunks, cluster)
-        )
+        for number, stage in enumerate(stages(replace(case, rows=rows), layout.tp, layout.pp, layout.chunks, cluster))
     ]
     slowest = max(of_stages, key=lambda step: step.modelled_us)
     return replace(slowest, memory_gb=max(step.memory_gb for step in of_stages))

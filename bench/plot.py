@@ -243,20 +243,21 @@ def curves(table: pd.DataFrame) -> Figure:
     lines = -(-len(nets) // columns)
     figure = Figure(figsize=(2.5 + 3.4 * columns, 1.2 + 2.9 * lines), dpi=150, layout="constrained")
     figure.suptitle("Best layout of a training step, modelled: efficiency against one rank")
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     styles = {"strong": ("-", "o"), "weak": ("--", "s")}
+    for axes in panels[len(nets) :]:
+        axes.set_visible(False)
     for axes, net in zip(panels, nets, strict=False):
         for scaling, of_line in table[table["net"] == net].groupby("scaling"):
             line, marker = styles[scaling]
             axes.plot(of_line["ranks"], of_line["modelled_efficiency"], line, color="grey", linewidth=1)
             for kind, points in of_line[of_line["kind"] != "none"].groupby("kind"):
                 axes.plot(points["ranks"], points["modelled_efficiency"], marker, color=colours[kind])
-        axes.set(title=net, xscale="log", ylim=(0, 1.1))
+        axes.set(title=net, ylim=(0, 1.1))
+        axes.tick_params(labelbottom=True)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
         axes.grid(alpha=0.3)
-    for axes in panels:
-        axes.set_visible(False)
     figure.supxlabel("ranks")
     figure.supylabel("efficiency, modelled")
     handles = [Line2D([], [], linestyle="", marker="D", color=colours[kind], label=kind) for kind in kinds]

@@ -79,8 +79,33 @@ def scaling(results: Path) -> str:
     of = rows.iloc[0]
     return (
         f"{markdown(pd.DataFrame(table))}\n"
-        f"One training step, modelled and not measured: {of['bandwidth_tb_s']:g} TB/s, {of['rate']}, a bus of "
+        f"One training step, modelled and not measured: {of['bandwidth']}, {of['rate']}, a bus of "
         f"{of['bus_gb_s']:g} GB/s for each rank, {of['latency_us']:g} µs for each collective.\n"
+    )
+
+
+def advice(results: Path) -> str:
+    """The section on the layout that is advised for each net."""
+    (path,) = stored(results, "scaling/advice.csv")
+    rows = pd.read_csv(path)
+    best = rows[rows["fits"]].drop_duplicates("net")
+    table = pd.DataFrame(
+        {
+            "net": best["net"],
+            "layout": best["layout"],
+            "modelled, µs": best["modelled_us"].map("{:,.0f}".format),
+            "efficiency": best["modelled_efficiency"].map("{:.2f}".format),
+            "exposed communication": (best["modelled_exposed_us"] / best["modelled_us"]).map("{:.0%}".format),
+            "memory, GB": best["modelled_memory_gb"].map("{:.2g}".format),
+        }
+    )
+    of = rows.iloc[0]
+    return (
+        f"{markdown(table)}\n"
+        f"One training step on {of['ranks']} ranks, modelled and not measured: {of['bandwidth']}, {of['rate']}, "
+        f"{of['node_ranks']} ranks in a node with a bus of {of['bus_gb_s']:g} GB/s for each, {of['network_gb_s']:g} GB/s "
+        f"between nodes, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each doubling of its "
+        "nodes.\n"
     )
 
 
@@ -191,10 +216,12 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "ops": lambda folder: plot.speedups(pd.read_csv(folder / "ops.csv"), "ops"),
     "mlp": lambda folder: plot.speedups(pd.read_csv(folder / "mlp.csv"), "mlp"),
     "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
+    "curves": lambda folder: plot.curves(pd.read_csv(folder / "curves.csv")),
 }
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "traffic": traffic,
     "scaling": scaling,
+    "advice": advice,
     "codegen": codegen,
     "speed": speed,
     "means": means,

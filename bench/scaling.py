@@ -41,7 +41,7 @@ from .cases import NETS, QUICK_NETS, NetCase
 from .cluster import Cluster, Device, Rate
 from .command import add_common_arguments, check_any, print_table, select
 from .layout import Layout
-from .measured import nearest_rate, read_measured, read_rates
+from .measured import read_measured, read_rates
 from .parallel_step import net_step
 from .results import write_table
 
@@ -49,7 +49,14 @@ RANKS = (1, 2, 4, 8)
 BATCHES = tuple(2**i for i in range(21))
 BANDWIDTH_TB_S, RATE_TFLOP_S = 4.3, 770.0
 # Columns of the advice that are printed, and how many layouts of each net.
-SHOWN = ("layout", "modelled_us", "modelled_efficiency", "modelled_exposed_us", "modelled_bubble_us", "modelled_memory_gb")
+SHOWN = (
+    "layout",
+    "modelled_us",
+    "modelled_efficiency",
+    "modelled_exposed_us",
+    "modelled_bubble_us",
+    "modelled_memory_gb",
+)
 SHOWN_LAYOUTS = 5
 
 
@@ -108,44 +115,53 @@ def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
     return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
 
 
-def make_cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, object]]:
-    """The cluster that the options describe, and columns that say what was assumed and what was measured."""
-    bandwidth, bandwidth_source = arguments.bandwidth or BANDWIDTH_TB_S, "assumed"
+def bandwidth_and_rate(arguments: argparse.Namespace) -> tuple[float, str, Rate, str]:
+    """The bandwidth of memory in TB/s and the rate of products that the options give, each with its source in words."""
     flops = arguments.flops or RATE_TFLOP_S
-    rate: Rate = lambda *_: flops  # noqa: E731
-    rate_source = f"{flops:g} TFLOP/s, assumed"
+    bandwidth, rate = arguments.bandwidth or BANDWIDTH_TB_S, constant(flops)
+    bandwidth_said, rate_said = f"{bandwidth:g} TB/s (assumed)", f"{flops:g} TFLOP/s (assumed)"
     if arguments.measured is not None:
         measured = read_measured(arguments.measured)
         if arguments.bandwidth is None:
-            bandwidth, bandwidth_source = measured.bandwidth_tb_s, f"measured: {measured.bandwidth_source}"
+            bandwidth = measured.bandwidth_tb_s
+            bandwidth_said = f"{bandwidth:.3g} TB/s (measured, {measured.bandwidth_source})"
         if arguments.flops is None:
-            rate, rate_source = measured.rate_tflop_s, f"rates measured: {measured.rate_source}"
+            rate, rate_said = measured.rate_tflop_s, f"measured rates of {measured.rate_source}"
     if arguments.rates is not None:
-        rate, rate_source = nearest_rate(read_rates(arguments.rates)), f"rates of {arguments.rates.name}"
+        rate, rate_said = read_rates(arguments.rates), f"measured rates of {arguments.rates.name}"
+    return bandwidth, bandwidth_said, rate, rate_said
+
+
+def constant(tflop_s: float) -> Rate:
+    """The same rate for every product."""
+    return lambda M, N, K, dtype: tflop_s
+
+
+def make_cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, object]]:
+    """The cluster that the options describe, and columns of the tables that say what it was taken from."""
+    bandwidth, bandwidth_said, rate, rate_said = bandwidth_and_rate(arguments)
     assumed = {
         "bandwidth_tb_s": bandwidth,
-        "bandwidth": bandwidth_source,
-        "rate": rate_source,
+        "bandwidth": bandwidth_said,
+        "rate": rate_said,
         "bus_gb_s": arguments.bus,
         "network_gb_s": arguments.network,
-        "node": arguments.node,
+        "node_ranks": arguments.node,
         "latency_us": arguments.latency_us,
         "hop_us": arguments.hop_us,
         "launch_us": arguments.launch_us,
         "memory_gb": arguments.memory,
     }
     device = Device(bandwidth, rate, arguments.launch_us, arguments.memory)
-    return (
-        Cluster(device, arguments.bus, arguments.network, arguments.node, arguments.latency_us, arguments.hop_us),
-        assumed,
-    )
+    links = (arguments.bus, arguments.network, arguments.node, arguments.latency_us, arguments.hop_us)
+    return Cluster(device, *links), assumed
 
 
 def describe(assumed: dict[str, object]) -> str:
     """What the model assumes, in words."""
     return (
-        "{bandwidth_tb_s:.3g} TB/s ({bandwidth}), {rate}, bus {bus_gb_s:g} GB/s, network {network_gb_s:g} GB/s, "
-        "{node} ranks in a node, {latency_us:g} us per collective and {hop_us:g} per doubling of the nodes"
+        "{bandwidth}, {rate}, bus {bus_gb_s:g} GB/s, network {network_gb_s:g} GB/s, {node_ranks} ranks in a node, "
+        "{latency_us:g} us per collective and {hop_us:g} us per doubling of its nodes"
     ).format(**assumed)
 
 
@@ -202,7 +218,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-us", type=float, default=10, metavar="US", help="latency of a collective (10)")
     parser.add_argument("--hop-us", type=float, default=5, metavar="US", help="more per doubling of the nodes (5)")
     parser.add_argument(
-        "--launch-us", type=float, default=H200.launch_us, metavar="US", help=f"least time of a product ({H200.launch_us:g})"
+        "--launch-us",
+        type=float,
+        default=H200.launch_us,
+        metavar="US",
+        help=f"least time of a product ({H200.launch_us:g})",
     )
     parser.add_argument("--memory", type=float, default=141, metavar="GB", help="memory of a rank (141)")
 

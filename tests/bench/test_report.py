@@ -74,7 +74,7 @@ def test_the_scaling_table_says_up_to_how_many_ranks_pay(tmp_path):
         *(("wide", 1, 1.0, False), ("wide", 2, 0.9, True), ("wide", 4, 0.75, True)),
         *(("narrow", 1, 1.0, False), ("narrow", 2, 0.4, False), ("narrow", 4, 0.15, False)),
     ]
-    assumed = {"bandwidth_tb_s": 4.3, "rate": "770 TFLOP/s", "bus_gb_s": 450, "latency_us": 10}
+    assumed = {"bandwidth": "4.3 TB/s", "rate": "770 TFLOP/s", "bus_gb_s": 450, "latency_us": 10}
     write_table(pd.DataFrame(rows, columns=columns).assign(**assumed), tmp_path / "scaling", "scaling")
     text = render("<!-- begin scaling -->\n<!-- end scaling -->\n", tmp_path)
     assert text == f"<!-- begin scaling -->\n{SCALING}<!-- end scaling -->\n"
