@@ -1,10 +1,9 @@
 """Which layout of dp, fsdp, tp and pp to take for a net on a number of ranks, by the model of `parallel_step`."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-
-import pandas as pd
+from typing import NamedTuple
 
 from .cases import NetCase
 from .cluster import Cluster
@@ -104,41 +103,47 @@ def counts(ranks: int) -> list[int]:
     return sorted({*powers_of_two(ranks), ranks})
 
 
-def curve(case: NetCase, ranks: int, cluster: Cluster) -> list[dict[str, object]]:
-    """Model the best layout of every number of ranks up to `ranks`; see `counts`.
+class Point(NamedTuple):
+    """The best layout of a net on a number of ranks; a row of the table of curves.
 
-    With strong scaling the net's rows are those of all ranks together, with weak scaling those of each rank. Efficiency
-    is the time on one rank divided by the time on n, with strong scaling divided by n.
-
-    Returns:
-        A row for each number of ranks and scaling. Where no layout fits, kind and layout are "none".
+    Attributes:
+        case: Name of the point.
+        net: Name of the net.
+        scaling: "strong" if the net's rows are those of all ranks together, "weak" if each rank has as many.
+        ranks: Number of ranks.
+        rows: Rows of all ranks together.
+        kind: Kind of the layout, or "none" if no layout fits.
+        layout: The layout in words, or "none".
+        modelled_us: Time of a step in microseconds, or nan.
+        modelled_efficiency: Time on one rank for its share of the rows, divided by `modelled_us`, or nan.
     """
+
+    case: str
+    net: str
+    scaling: str
+    ranks: int
+    rows: int
+    kind: str
+    layout: str
+    modelled_us: float
+    modelled_efficiency: float
+
+
+def curve(case: NetCase, ranks: int, cluster: Cluster) -> list[Point]:
+    """Model the best layout of every number of ranks of `counts`, with strong and with weak scaling."""
     alone_us = one_rank_us(case, cluster)
-    rows = []
+    points = []
     for scaling in ("strong", "weak"):
         for count in counts(ranks):
             of_all = case if scaling == "strong" else replace(case, rows=count * case.rows)
+            share_us = alone_us / count if scaling == "strong" else alone_us
             best = next((each for each in choices(of_all, count, cluster) if each.fits), None)
-            us = math.nan if best is None else best.step.modelled_us
-            rows.append(
-                {
-                    "case": f"{case.name}, {scaling} scaling, {count} ranks",
-                    "net": case.name,
-                    "scaling": scaling,
-                    "ranks": count,
-                    "rows": of_all.rows,
-                    "kind": "none" if best is None else best.layout.kind,
-                    "layout": "none" if best is None else str(best.layout),
-                    "modelled_us": us,
-                    "modelled_efficiency": alone_us / us / (count if scaling == "strong" else 1),
-                }
-            )
-    return rows
-
-
-def curves_table(cases: Iterable[NetCase], ranks: int, cluster: Cluster) -> pd.DataFrame:
-    """The curves of all nets; see `curve`."""
-    return pd.DataFrame([row for case in cases for row in curve(case, ranks, cluster)])
+            kind, layout, us = "none", "none", math.nan
+            if best is not None:
+                kind, layout, us = best.layout.kind, str(best.layout), best.step.modelled_us
+            name = f"{case.name}, {scaling} scaling, {count} ranks"
+            points.append(Point(name, case.name, scaling, count, of_all.rows, kind, layout, us, share_us / us))
+    return points
 
 
 def advice_rows(case: NetCase, found: list[Choice], cluster: Cluster) -> Iterator[dict[str, object]]:
@@ -167,16 +172,15 @@ def largest_excess(slower: Step, faster: Step) -> str:
     return max(slower.parts, key=lambda part: slower.parts[part] - faster.parts[part])
 
 
-def reason(case: NetCase, found: list[Choice], fastest: dict[int, float], cluster: Cluster) -> str:
+def reason(found: list[Choice], points: list[Point], memory: float) -> str:
     """Say in one sentence which layout to take, why, and what limits it.
 
     Args:
-        case: The net.
-        found: Its `choices`.
-        fastest: The time of the best layout that fits in microseconds, by number of ranks.
-        cluster: The cluster.
+        found: Result of `choices`.
+        points: Result of `curve`.
+        memory: Memory of a rank in GB.
     """
-    best, memory = found[0], cluster.device.memory_gb
+    best = found[0]
     ranks, step = best.layout.ranks, best.step
     if not best.fits:
         return f"nothing fits into {memory:g} GB on {ranks} ranks; {best.layout} needs {step.memory_gb:.3g} GB"
@@ -189,9 +193,11 @@ def reason(case: NetCase, found: list[Choice], fastest: dict[int, float], cluste
     too_large = next((each for each in found if each.layout.kind == "dp" and not each.fits), None)
     if too_large is not None:
         clauses.append(f"dp alone needs {too_large.step.memory_gb:.3g} of {memory:g} GB")
-    fewer = min(fastest, key=lambda count: fastest[count])
-    if fastest[fewer] < step.modelled_us:
-        clauses.append(f"but {fewer} {'ranks take' if fewer > 1 else 'rank takes'} only {_us(fastest[fewer])}")
+    fewer = min((each for each in points if each.scaling == "strong"), key=lambda each: each.modelled_us)
+    if fewer.modelled_us < step.modelled_us:
+        clauses.append(
+            f"but {fewer.ranks} {'ranks take' if fewer.ranks > 1 else 'rank takes'} {_us(fewer.modelled_us)}"
+        )
     return "; ".join(clauses)
 
 

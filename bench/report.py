@@ -103,8 +103,8 @@ def advice(results: Path) -> str:
     return (
         f"{markdown(table)}\n"
         f"One training step on {of['ranks']} ranks, modelled and not measured: {of['bandwidth']}, {of['rate']}, "
-        f"{of['node_ranks']} ranks in a node with a bus of {of['bus_gb_s']:g} GB/s for each, {of['network_gb_s']:g} GB/s "
-        f"between nodes, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each doubling of its "
+        f"{of['node_ranks']} ranks in a node with a bus of {of['bus_gb_s']:g} GB/s for each, "
+        f"{of['network_gb_s']:g} GB/s between nodes, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each doubling of its "
         "nodes.\n"
     )
 

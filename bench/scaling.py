@@ -36,7 +36,7 @@ import pandas as pd
 
 from ..kernels.gpu import H200
 from . import plot
-from .advise import MAX_RANKS, advice_rows, choices, curves_table, reason
+from .advise import MAX_RANKS, advice_rows, choices, curve, reason
 from .cases import NETS, QUICK_NETS, NetCase
 from .cluster import Cluster, Device, Rate
 from .command import add_common_arguments, check_any, print_table, select
@@ -176,24 +176,24 @@ def show(table: pd.DataFrame, assumed: str) -> None:
 
 def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str, object], out: Path | None) -> None:
     """Print the best layouts of every net and, with `out`, write all of them and the curves."""
-    curves = curves_table(cases, ranks, cluster)
-    rows = []
     print(f"Layouts of a training step on {ranks} ranks. Times are modelled, not measured: {describe(assumed)}.")
+    memory = cluster.device.memory_gb
+    layouts, points = [], []
     for case in cases:
-        found = choices(case, ranks, cluster)
-        of_net = pd.DataFrame([*advice_rows(case, found, cluster)])
-        too_large = len(found) - of_net["fits"].sum()
-        print_table(
-            of_net[of_net["fits"]].head(SHOWN_LAYOUTS)[[*SHOWN]],
-            f"{case.name}, {ranks} ranks; left out: {too_large} of {len(found)} layouts that do not fit into "
-            f"{cluster.device.memory_gb:g} GB",
-        )
-        strong = curves.query("net == @case.name and scaling == 'strong'").set_index("ranks")["modelled_us"].dropna()
-        advice = reason(case, found, {int(count): us for count, us in strong.items()}, cluster)
+        found, of_ranks = choices(case, ranks, cluster), curve(case, ranks, cluster)
+        fitting = [each for each in found if each.fits]
+        if fitting:
+            shown = pd.DataFrame(advice_rows(case, fitting[:SHOWN_LAYOUTS], cluster))[[*SHOWN]]
+            print_table(shown, f"{case.name}: the best of {len(fitting)} layouts")
+        if len(fitting) < len(found):
+            print(f"{case.name}: left out: {len(found) - len(fitting)} layouts that do not fit into {memory:g} GB")
+        advice = reason(found, of_ranks, memory)
         print(f"{case.name}: modelled: {advice}.\n")
-        rows.append(of_net.assign(advised=[advice, *[""] * (len(found) - 1)]))
+        layouts.append(pd.DataFrame(advice_rows(case, found, cluster)).assign(advice=advice))
+        points += of_ranks
     if out is not None:
-        write_table(pd.concat(rows).assign(**assumed), out, "advice")
+        curves = pd.DataFrame(points)
+        write_table(pd.concat(layouts).assign(**assumed), out, "advice")
         write_table(curves.assign(**assumed), out, "curves")
         plot.save(plot.curves(curves), out, "curves")
 

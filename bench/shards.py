@@ -72,7 +72,7 @@ class LayerShard:
 
 
 @lru_cache(maxsize=4096)
-def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> list[LayerShard]:
+def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> tuple[LayerShard, ...]:
     """The layers of a net on the rank with the largest shards, for `case.rows` rows."""
     M, dtype, device = case.rows, case.dtype, cluster.device
     shards = []
@@ -84,7 +84,7 @@ def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> list[LayerShard]:
             gathered = cluster.all_reduce_us(dtype.itemsize * M * N, tp)
         elif last:
             gathered, output = cluster.all_gather_us(dtype.itemsize * M * N, tp), M * N
-        wgrad = dgrad = device.product_us(shard_n, shard_k, M, dtype)
+        wgrad = device.product_us(shard_n, shard_k, M, dtype)
         dgrad = 0.0 if first else device.product_us(M, shard_k, shard_n, dtype)
         input_grad = cluster.all_reduce_us(dtype.itemsize * M * K, tp) if by_column and not first else 0.0
         kept_output = 0.0 if last else M * shard_n * (dtype.itemsize if case.batch_norm else 1 / 8)
@@ -98,7 +98,7 @@ def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> list[LayerShard]:
                 dtype.itemsize,
             )
         )
-    return shards
+    return tuple(shards)
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
@@ -134,7 +134,7 @@ class Stage(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def stages(case: NetCase, tp: int, pp: int, chunks: int, cluster: Cluster) -> list[Stage]:
+def stages(case: NetCase, tp: int, pp: int, chunks: int, cluster: Cluster) -> tuple[Stage, ...]:
     """Cut a net into the stages of a pipeline."""
     layers = layer_shards(case, tp, cluster)
     found = [Stage([], []) for _ in range(pp)]
@@ -147,4 +147,4 @@ def stages(case: NetCase, tp: int, pp: int, chunks: int, cluster: Cluster) -> li
         stage.layers.extend(layers[start - length : start])
         if pp > 1 and start < len(layers):
             stage.sent_bytes.append(layers[start - 1].output_bytes)
-    return found
+    return tuple(found)
