@@ -181,24 +181,28 @@ def reason(found: list[Choice], points: list[Point], memory: float) -> str:
         memory: Memory of a rank in GB.
     """
     best = found[0]
-    ranks, step = best.layout.ranks, best.step
+    ranks, step = counted(best.layout.ranks, "rank"), best.step
     if not best.fits:
-        return f"nothing fits into {memory:g} GB on {ranks} ranks; {best.layout} needs {step.memory_gb:.3g} GB"
+        return f"nothing fits into {memory:g} GB on {ranks}; {best.layout} needs {step.memory_gb:.3g} GB"
     limit = max(step.parts, key=lambda part: step.parts[part])
     share = step.parts[limit] / step.modelled_us
-    clauses = [f"on {ranks} ranks take {best.layout}: {_us(step.modelled_us)}, {share:.0%} of it for {limit}"]
+    clauses = [f"on {ranks} take {best.layout}: {_us(step.modelled_us)}, {share:.0%} of it for {limit}"]
     other = next((each for each in found if each.fits and each.layout.kind != best.layout.kind), None)
     if other is not None:
         clauses.append(_against(other, step))
     too_large = next((each for each in found if each.layout.kind == "dp" and not each.fits), None)
     if too_large is not None:
         clauses.append(f"dp alone needs {too_large.step.memory_gb:.3g} of {memory:g} GB")
-    fewer = min((each for each in points if each.scaling == "strong"), key=lambda each: each.modelled_us)
+    strong = [each for each in points if each.scaling == "strong" and each.kind != "none"]
+    fewer = min(strong, key=lambda each: each.modelled_us)
     if fewer.modelled_us < step.modelled_us:
-        clauses.append(
-            f"but {fewer.ranks} {'ranks take' if fewer.ranks > 1 else 'rank takes'} {_us(fewer.modelled_us)}"
-        )
+        clauses.append(f"but {counted(fewer.ranks, 'rank')} would take {_us(fewer.modelled_us)}")
     return "; ".join(clauses)
+
+
+def counted(count: int, what: str) -> str:
+    """A count with its noun, such as "1 rank" or "2 ranks"."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _us(us: float) -> str:

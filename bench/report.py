@@ -88,7 +88,7 @@ def advice(results: Path) -> str:
     """The section on the layout that is advised for each net."""
     (path,) = stored(results, "scaling/advice.csv")
     rows = pd.read_csv(path)
-    best = rows[rows["fits"]].drop_duplicates("net")
+    best = rows.query("fits").drop_duplicates("net")
     table = pd.DataFrame(
         {
             "net": best["net"],
@@ -103,9 +103,9 @@ def advice(results: Path) -> str:
     return (
         f"{markdown(table)}\n"
         f"One training step on {of['ranks']} ranks, modelled and not measured: {of['bandwidth']}, {of['rate']}, "
-        f"{of['node_ranks']} ranks in a node with a bus of {of['bus_gb_s']:g} GB/s for each, "
-        f"{of['network_gb_s']:g} GB/s between nodes, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each doubling of its "
-        "nodes.\n"
+        f"{of['node_ranks']} ranks in a node, a bus of {of['bus_gb_s']:g} GB/s for each rank and a network of "
+        f"{of['network_gb_s']:g} GB/s, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each "
+        "doubling of its nodes.\n"
     )
 
 

@@ -36,7 +36,7 @@ import pandas as pd
 
 from ..kernels.gpu import H200
 from . import plot
-from .advise import MAX_RANKS, advice_rows, choices, curve, reason
+from .advise import MAX_RANKS, advice_rows, choices, counted, curve, reason
 from .cases import NETS, QUICK_NETS, NetCase
 from .cluster import Cluster, Device, Rate
 from .command import add_common_arguments, check_any, print_table, select
@@ -49,14 +49,14 @@ RANKS = (1, 2, 4, 8)
 BATCHES = tuple(2**i for i in range(21))
 BANDWIDTH_TB_S, RATE_TFLOP_S = 4.3, 770.0
 # Columns of the advice that are printed, and how many layouts of each net.
-SHOWN = (
+SHOWN = [
     "layout",
     "modelled_us",
     "modelled_efficiency",
     "modelled_exposed_us",
     "modelled_bubble_us",
     "modelled_memory_gb",
-)
+]
 SHOWN_LAYOUTS = 5
 
 
@@ -176,17 +176,18 @@ def show(table: pd.DataFrame, assumed: str) -> None:
 
 def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str, object], out: Path | None) -> None:
     """Print the best layouts of every net and, with `out`, write all of them and the curves."""
-    print(f"Layouts of a training step on {ranks} ranks. Times are modelled, not measured: {describe(assumed)}.")
+    on_ranks = f"Layouts of a training step on {counted(ranks, 'rank')}"
+    print(f"{on_ranks}. Times are modelled, not measured: {describe(assumed)}.")
     memory = cluster.device.memory_gb
     layouts, points = [], []
     for case in cases:
         found, of_ranks = choices(case, ranks, cluster), curve(case, ranks, cluster)
         fitting = [each for each in found if each.fits]
         if fitting:
-            shown = pd.DataFrame(advice_rows(case, fitting[:SHOWN_LAYOUTS], cluster))[[*SHOWN]]
-            print_table(shown, f"{case.name}: the best of {len(fitting)} layouts")
-        if len(fitting) < len(found):
-            print(f"{case.name}: left out: {len(found) - len(fitting)} layouts that do not fit into {memory:g} GB")
+            shown = pd.DataFrame(advice_rows(case, fitting[:SHOWN_LAYOUTS], cluster), columns=SHOWN)
+            print_table(shown, f"{case.name}: the best of {counted(len(fitting), 'layout')}")
+        if too_large := len(found) - len(fitting):
+            print(f"{case.name}: left out: {counted(too_large, 'layout')} larger than {memory:g} GB")
         advice = reason(found, of_ranks, memory)
         print(f"{case.name}: modelled: {advice}.\n")
         layouts.append(pd.DataFrame(advice_rows(case, found, cluster)).assign(advice=advice))
