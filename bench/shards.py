@@ -90,12 +90,12 @@ def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> tuple[LayerShard, 
         kept_output = 0.0 if last else M * shard_n * (dtype.itemsize if case.batch_norm else 1 / 8)
         shards.append(
             LayerShard(
-                Time(device.product_us(M, shard_n, shard_k, dtype), gathered),
-                Time(wgrad + dgrad, input_grad, min(input_grad, wgrad)),
-                shard_n * (shard_k + 1),
-                M * shard_k * dtype.itemsize + kept_output,
-                output * dtype.itemsize,
-                dtype.itemsize,
+                forward=Time(device.product_us(M, shard_n, shard_k, dtype), gathered),
+                backward=Time(wgrad + dgrad, input_grad, min(input_grad, wgrad)),
+                parameters=shard_n * (shard_k + 1),
+                kept_bytes=M * shard_k * dtype.itemsize + kept_output,
+                output_bytes=output * dtype.itemsize,
+                itemsize=dtype.itemsize,
             )
         )
     return tuple(shards)
