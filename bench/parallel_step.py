@@ -14,10 +14,10 @@ fsdp    Weights, gradients and optimizer state are cut over f ranks. For each mi
         gathered forward and again backward, while the layer before computes, and its gradients are reduce-scattered
         while the next layer runs backward: 3 (f - 1) / f of the weights' bytes. With fsdp-keep the weights stay
         gathered after forward, for the whole step: 2 (f - 1) / f once, but whole weights and gradients in memory.
-pp      Consecutive layers are cut into p * v chunks so that the slowest chunk is as fast as possible. Chunk i is on stage
-        i modulo p. m micro-batches take m + (p - 1) / v times as long as one, so that the bubble is (p - 1) / (v m) of
-        the rest. Each rank sends the output of a chunk, or its shard of it, and backward its gradient. Sends do not
-        overlap with anything.
+pp      Consecutive layers are cut into p * v chunks so that the slowest chunk is as fast as possible. Chunk i is on
+        stage i modulo p. m micro-batches take m + (p - 1) / v times as long as one, so that the bubble is
+        (p - 1) / (v m) of the rest. Each rank sends the output of a chunk, or its shard of it, and backward its
+        gradient. Sends do not overlap with anything.
 optimizer   Adam in mixed precision: for each parameter it reads the gradient, reads and writes the float32 weight and
         two float32 moments, and writes the weight.
 

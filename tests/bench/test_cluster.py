@@ -64,7 +64,9 @@ def test_latency_grows_by_a_hop_for_each_doubling_of_the_nodes():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stride", "us"), [(2, 2, 800 / 2 + 5), (2, 4, 800 + 5 + 3), (4, 2, 800 + 5 + 3)], ids=["bus", "net", "both"]
+    ("ranks", "stride", "us"),
+    [(2, 2, 800 / 2 + 5), (2, 4, 800 + 5 + 3), (4, 2, 800 + 5 + 3)],
+    ids=["bus", "net", "both"],
 )
 def test_a_send_takes_the_slowest_link(ranks, stride, us):
     assert SLOW.send_us(800, ranks, stride) == pytest.approx(us)

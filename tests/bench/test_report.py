@@ -80,6 +80,38 @@ def test_the_scaling_table_says_up_to_how_many_ranks_pay(tmp_path):
     assert text == f"<!-- begin scaling -->\n{SCALING}<!-- end scaling -->\n"
 
 
+ADVICE = """\
+| net | layout | modelled, µs | efficiency | exposed communication | memory, GB |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| wide | fsdp 8 | 1,200 | 0.50 | 25% | 3.5 |
+
+One training step on 8 ranks, modelled and not measured: 4.3 TB/s, 770 TFLOP/s, 8 ranks in a node, a bus of 450 GB/s \
+for each rank and a network of 50 GB/s, 10 µs for each collective and 5 µs for each doubling of its nodes.
+"""
+
+
+def test_the_advice_table_has_the_best_layout_that_fits(tmp_path):
+    columns = [
+        "net",
+        "layout",
+        "modelled_us",
+        "modelled_efficiency",
+        "modelled_exposed_us",
+        "modelled_memory_gb",
+        "fits",
+    ]
+    rows = [
+        ("wide", "fsdp 8", 1200.0, 0.5, 300.0, 3.5, True),
+        ("wide", "tp 8", 1300.0, 0.45, 400.0, 3.5, True),
+        ("wide", "dp 8", 1000.0, 0.6, 100.0, 200.0, False),
+    ]
+    assumed = {"bandwidth": "4.3 TB/s", "rate": "770 TFLOP/s", "bus_gb_s": 450, "network_gb_s": 50, "latency_us": 10}
+    table = pd.DataFrame(rows, columns=columns).assign(ranks=8, node_ranks=8, hop_us=5, **assumed)
+    write_table(table, tmp_path / "scaling", "advice")
+    text = render("<!-- begin advice -->\n<!-- end advice -->\n", tmp_path)
+    assert text == f"<!-- begin advice -->\n{ADVICE}<!-- end advice -->\n"
+
+
 SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"
 MEANS = "<!-- begin means -->\n<!-- end means -->\n"
 
@@ -199,7 +231,7 @@ def test_a_page_that_is_not_there_is_named(results, readme, capsys):
         ("traffic", "traffic.csv: no such table"),
         (
             "magic",
-            "section 'magic': allowed are traffic, scaling, codegen, speed, means, claims, predicted",
+            "section 'magic': allowed are traffic, scaling, advice, codegen, speed, means, claims, predicted",
         ),
     ],
 )
