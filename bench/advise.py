@@ -98,11 +98,6 @@ def one_rank_us(case: NetCase, cluster: Cluster) -> float:
     return net_step(case, Layout(), cluster).modelled_us
 
 
-def counts(ranks: int) -> list[int]:
-    """The numbers of ranks of a curve: powers of two up to `ranks`, and `ranks`."""
-    return sorted({*powers_of_two(ranks), ranks})
-
-
 class Point(NamedTuple):
     """The best layout of a net on a number of ranks; a row of the table of curves.
 
@@ -114,8 +109,8 @@ class Point(NamedTuple):
         rows: Rows of all ranks together.
         kind: Kind of the layout, or "none" if no layout fits.
         layout: The layout in words, or "none".
-        modelled_us: Time of a step in microseconds, or nan.
-        modelled_efficiency: Time on one rank for its share of the rows, divided by `modelled_us`, or nan.
+        modelled_us: Time of a step in microseconds; infinite if no layout fits.
+        modelled_efficiency: Time on one rank for its share of the rows, divided by `modelled_us`.
     """
 
     case: str
@@ -129,16 +124,16 @@ class Point(NamedTuple):
     modelled_efficiency: float
 
 
-def curve(case: NetCase, ranks: int, cluster: Cluster) -> list[Point]:
-    """Model the best layout of every number of ranks of `counts`, with strong and with weak scaling."""
+def curve(case: NetCase, cluster: Cluster) -> list[Point]:
+    """Model the best layout on every power of two of ranks up to MAX_RANKS, with strong and with weak scaling."""
     alone_us = one_rank_us(case, cluster)
     points = []
     for scaling in ("strong", "weak"):
-        for count in counts(ranks):
+        for count in powers_of_two(MAX_RANKS):
             of_all = case if scaling == "strong" else replace(case, rows=count * case.rows)
             share_us = alone_us / count if scaling == "strong" else alone_us
             best = next((each for each in choices(of_all, count, cluster) if each.fits), None)
-            kind, layout, us = "none", "none", math.nan
+            kind, layout, us = "none", "none", math.inf
             if best is not None:
                 kind, layout, us = best.layout.kind, str(best.layout), best.step.modelled_us
             name = f"{case.name}, {scaling} scaling, {count} ranks"
@@ -193,10 +188,10 @@ def reason(found: list[Choice], points: list[Point], memory: float) -> str:
     too_large = next((each for each in found if each.layout.kind == "dp" and not each.fits), None)
     if too_large is not None:
         clauses.append(f"dp alone needs {too_large.step.memory_gb:.3g} of {memory:g} GB")
-    strong = [each for each in points if each.scaling == "strong" and each.kind != "none"]
-    fewer = min(strong, key=lambda each: each.modelled_us)
-    if fewer.modelled_us < step.modelled_us:
-        clauses.append(f"but {counted(fewer.ranks, 'rank')} would take {_us(fewer.modelled_us)}")
+    fewer = [each for each in points if each.scaling == "strong" and each.ranks < best.layout.ranks]
+    fastest = min(fewer, key=lambda each: each.modelled_us, default=None)
+    if fastest is not None and fastest.modelled_us < step.modelled_us:
+        clauses.append(f"but {counted(fastest.ranks, 'rank')} would take {_us(fastest.modelled_us)}")
     return "; ".join(clauses)
 
 

@@ -3,9 +3,9 @@
 `python -m fusemlp.bench scaling` models tensor parallelism of every net on 2, 4 and 8 ranks. t ranks pay if a step
 takes less time than with any smaller number of ranks. Batches are powers of two up to 2**20.
 
-With `--advise --ranks N` it models every layout of N ranks that `advise` lists, says for each net which one to take and
-why, and draws the efficiency of the best layout for all powers of two up to N: with the batch as it is (strong scaling)
-and with that many rows for each rank (weak scaling).
+With `--advise --ranks N` it models every layout of N ranks that `advise` lists, and says for each net which one to take
+and why. With --out it also draws the efficiency of the best layout on 1 to 1,024 ranks: with the net's rows for all of
+them together (strong scaling) and with as many for each (weak scaling).
 
 `parallel_step` has the rules of the model, and `cluster` the time of collectives. For a compute-bound pair of a column-
 and a row-parallel layer in one node, without overlap and latency,
@@ -181,7 +181,7 @@ def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str
     memory = cluster.device.memory_gb
     layouts, points = [], []
     for case in cases:
-        found, of_ranks = choices(case, ranks, cluster), curve(case, ranks, cluster)
+        found, of_ranks = choices(case, ranks, cluster), curve(case, cluster)
         fitting = [each for each in found if each.fits]
         if fitting:
             shown = pd.DataFrame(advice_rows(case, fitting[:SHOWN_LAYOUTS], cluster), columns=SHOWN)
@@ -190,7 +190,8 @@ def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str
             print(f"{case.name}: left out: {counted(too_large, 'layout')} larger than {memory:g} GB")
         advice = reason(found, of_ranks, memory)
         print(f"{case.name}: modelled: {advice}.\n")
-        layouts.append(pd.DataFrame(advice_rows(case, found, cluster)).assign(advice=advice))
+        of_net = pd.DataFrame(advice_rows(case, found, cluster))
+        layouts.append(of_net.assign(advice=[advice, *[""] * (len(found) - 1)]))
         points += of_ranks
     if out is not None:
         curves = pd.DataFrame(points)

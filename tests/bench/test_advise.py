@@ -8,7 +8,6 @@ from fusemlp.bench.advise import (
     Choice,
     best_variant,
     choices,
-    counts,
     curve,
     mixes,
     reason,
@@ -22,7 +21,7 @@ from fusemlp.bench.parallel_step import net_step
 TINY = NetCase("tiny", 2**20, 64, (64,), 64)
 SQUARE = NetCase("square", 4096, 1024, (1024,) * 3, 1024)
 WIDE = NetCase("wide", 512, 8192, (32768,), 8192)
-DEEP = NetCase("deep", 4096, 4096, (4096,) * 15, 4096)
+DEEP = NetCase("deep", 4096, 4096, (4096,) * 7, 4096)
 
 
 def cluster(bus=450.0, network=50.0, memory=141.0, latency=10.0, bandwidth=4.3):
@@ -92,7 +91,7 @@ def test_few_rows_of_a_wide_net_in_a_node_take_tp():
 
 
 def test_state_larger_than_a_rank_is_shared():
-    state_gb = 16e-9 * sum(4096 * 4097 for _ in range(16))
+    state_gb = 16e-9 * sum(4096 * 4097 for _ in range(8))
     found = choices(DEEP, 8, cluster(memory=state_gb / 2))
     assert not next(each for each in found if each.layout.mix == "dp 8").fits
     assert found[0].fits
@@ -121,7 +120,7 @@ def test_more_bandwidth_never_hurts():
 
 
 def test_the_best_comes_first_and_what_does_not_fit_last():
-    found = choices(DEEP, 8, cluster(memory=4))
+    found = choices(DEEP, 8, cluster(memory=2))
     fitting = [each.fits for each in found]
     assert fitting == sorted(fitting, reverse=True)
     times = [each.step.modelled_us for each in found if each.fits]
@@ -131,28 +130,21 @@ def test_the_best_comes_first_and_what_does_not_fit_last():
 # Curves
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"), [(1, [1]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])], ids=["one", "power of two", "other"]
-)
-def test_curves_have_powers_of_two_and_the_end(ranks, expected):
-    assert counts(ranks) == expected
-
-
 def test_a_curve_to_1024_ranks_starts_at_one_and_stays_below_ideal_without_shared_state():
     # With infinite bandwidth the optimizer takes no time, so that sharing it gains nothing.
-    points = curve(SQUARE, 1024, cluster(bandwidth=math.inf))
+    points = curve(SQUARE, cluster(bandwidth=math.inf))
     assert [each.ranks for each in points if each.scaling == "weak"] == [2**i for i in range(11)]
     assert [each.modelled_efficiency for each in points if each.ranks == 1] == [1, 1]
     assert all(0 < each.modelled_efficiency <= 1 + 1e-9 for each in points)
 
 
 def test_weak_scaling_has_the_nets_rows_on_each_rank():
-    assert [each.rows for each in curve(SQUARE, 4, cluster()) if each.scaling == "weak"] == [4096, 8192, 16384]
+    assert [each.rows for each in curve(SQUARE, cluster())[:14] if each.scaling == "weak"] == [4096, 8192, 16384]
 
 
-def test_where_nothing_fits_a_curve_has_a_gap():
-    first, *_, last = [each for each in curve(DEEP, 8, cluster(memory=1.5)) if each.scaling == "strong"]
-    assert (first.kind, math.isnan(first.modelled_efficiency)) == ("none", True)
+def test_where_nothing_fits_the_efficiency_is_0():
+    first, *_, last = [each for each in curve(DEEP, cluster(memory=0.75)) if each.scaling == "strong"]
+    assert (first.kind, first.modelled_efficiency) == ("none", 0)
     assert last.kind != "none"
 
 
@@ -161,7 +153,7 @@ def test_where_nothing_fits_a_curve_has_a_gap():
 
 def advice(case, ranks, of_cluster):
     found = choices(case, ranks, of_cluster)
-    return reason(found, curve(case, ranks, of_cluster), of_cluster.device.memory_gb)
+    return reason(found, curve(case, of_cluster), of_cluster.device.memory_gb)
 
 
 def test_the_reason_tells_layout_limit_and_the_next_kind():
@@ -173,7 +165,7 @@ def test_the_reason_tells_layout_limit_and_the_next_kind():
 
 def test_the_reason_tells_that_dp_does_not_fit():
     # 16 bytes for each parameter, and next to nothing for a micro-batch of one row.
-    assert f"; dp alone needs {16e-9 * 16 * 4096 * 4097:.3g} of 4 GB" in advice(DEEP, 8, cluster(memory=4))
+    assert f"; dp alone needs {16e-9 * 8 * 4096 * 4097:.3g} of 2 GB" in advice(DEEP, 8, cluster(memory=2))
 
 
 def test_the_reason_tells_that_fewer_ranks_are_faster():
@@ -190,4 +182,4 @@ def test_the_reason_tells_that_nothing_fits():
 def test_equal_layouts_are_said_to_take_as_long():
     step = net_step(SQUARE, Layout(tp=2), cluster())
     found = [Choice(Layout(tp=2), step, True), Choice(Layout(2), step, True)]
-    assert "; dp 2 takes as long" in reason(found, curve(SQUARE, 2, cluster()), 141)
+    assert "; dp 2 takes as long" in reason(found, curve(SQUARE, cluster()), 141)
