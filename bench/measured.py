@@ -15,9 +15,11 @@ from ..kernels.cost_model import Gemm, cublas_us
 from ..kernels.gpu import H200, Gpu
 from .cluster import Rate
 from .command import dtype_name
+from .products import LAUNCHERS
 
 SHAPE = ["M", "N", "K"]
 CEILINGS, PRODUCTS = "ceilings.csv", "products.csv"
+WITH_ACTIVATION = ("relu", "dact")
 FAR = 100.0  # farther than the logarithms of any sizes are apart
 
 
@@ -107,8 +109,11 @@ def read_rates(path: Path) -> Rate:
     return lambda M, N, K, dtype: of_shape(M, N, K)
 
 
-def fastest_times(path: Path) -> pd.DataFrame:
-    """The time of the fastest variant of each shape: a tile of fusemlp with any epilogue, or cuBLAS.
+def needed_times(path: Path) -> pd.DataFrame:
+    """The time of each shape with the epilogue that a net needs.
+
+    Of each kind the fastest variant counts: a tile of fusemlp, or cuBLAS for kinds without an activation. Of the kinds
+    of a shape the slowest counts, which is the one with an activation if there is one.
 
     Args:
         path: Table of the `products` command. Variants that failed have no time.
@@ -116,9 +121,12 @@ def fastest_times(path: Path) -> pd.DataFrame:
     Returns:
         A table with the columns M, N, K and us.
     """
-    table = read_numbers(path, [*SHAPE, "cublas_us"], "--measured")
-    us = table.reindex(columns=["us", "cublas_us"]).apply(pd.to_numeric, errors="coerce").min(axis=1)
-    return table.assign(fastest=us).groupby(SHAPE, as_index=False).agg(us=("fastest", "min"))
+    table = read_numbers(path, [*SHAPE, "cublas_us"], "--measured", ["kind", "us"])
+    table["us"] = pd.to_numeric(table["us"], errors="coerce")
+    table.loc[table["kind"].isin(WITH_ACTIVATION), "cublas_us"] = math.nan
+    fastest = table.assign(us=table[["us", "cublas_us"]].min(axis=1)).query(f"kind in {[*LAUNCHERS]}")
+    by_kind = fastest.groupby(["kind", *SHAPE], as_index=False).agg(us=("us", "min"))
+    return by_kind.groupby(SHAPE, as_index=False).agg(us=("us", "max")).dropna()
 
 
 def rate_like_measured(times: pd.DataFrame, figures: Gpu) -> Callable[[int, int, int], float]:
@@ -128,7 +136,7 @@ def rate_like_measured(times: pd.DataFrame, figures: Gpu) -> Callable[[int, int,
     measured shape. A shape that was measured has the measured time.
 
     Args:
-        times: Table of `fastest_times`.
+        times: Table of `needed_times`.
         figures: Figures of the device for the model.
 
     Returns:
@@ -168,7 +176,7 @@ def read_measured(folder: Path) -> Measured:
     if (products := folder / PRODUCTS).exists():
         # Where the model needs more figures than were measured, the nearest shape corrects those of an H200.
         figures = replace(H200, copy_tb_s=bandwidth_tb_s, gemm_tflop_s=max(large.values()))
-        of_shape = rate_like_measured(fastest_times(products), figures)
+        of_shape = rate_like_measured(needed_times(products), figures)
         rate_source = f"{folder.resolve().name}/{PRODUCTS} (16-bit types) and {CEILINGS} (others)"
 
     def rate(M: int, N: int, K: int, dtype: torch.dtype) -> float:

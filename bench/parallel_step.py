@@ -1,7 +1,7 @@
 """The modelled time and memory of one training step of a net on ranks, under a layout of dp, fsdp, tp and pp.
 
 Ranks are numbered with tp innermost, then dp or fsdp, then pp. The docstring of `cluster` has the time of products and
-collectives. Besides them and the optimizer, nothing takes time. The rules:
+collectives. Besides them, the optimizer and the passes of batch norm, nothing takes time. The rules:
 
 tp      Layers are alternately column-parallel (out_features split) and row-parallel (in_features split). If their
         number is odd, the last layer is column-parallel and gathers its output. A row-parallel layer all-reduces its
@@ -162,7 +162,7 @@ class Step:
     """A modelled training step: times in microseconds and memory of the rank that takes longest.
 
     Attributes:
-        products_us: Products of all micro-batches.
+        products_us: Products, and passes of batch norm, of all micro-batches.
         tp_us: Collectives of tensor parallelism.
         tp_exposed_us: The part of them that does not overlap with products.
         data_us: Collectives of dp or fsdp.
@@ -192,7 +192,7 @@ class Step:
     def parts(self) -> dict[str, float]:
         """What the time of the step consists of, in microseconds."""
         return {
-            "matrix products": self.products_us,
+            "computation": self.products_us,
             "exposed collectives of tensor parallelism": self.tp_exposed_us,
             "exposed collectives of gradients and weights": self.data_exposed_us,
             "sends between stages": self.sends_us,

@@ -10,12 +10,17 @@ from typing import NamedTuple
 from .cases import NetCase
 from .cluster import Cluster
 
+# Reads and writes of a layer's output for batch norm, activation and dropout. Forward reads it for the statistics,
+# reads it again and writes the result. Backward reads it and the gradient for its sums, reads both again and writes the
+# gradient of its input.
+FORWARD_PASSES, BACKWARD_PASSES = 3, 5
+
 
 class Time(NamedTuple):
     """Times of one rank in microseconds.
 
     Attributes:
-        products_us: Time of products.
+        products_us: Time of products, and of passes of batch norm.
         collectives_us: Time of collectives.
         hidden_us: The part of `collectives_us` that overlaps with products.
     """
@@ -86,12 +91,13 @@ def layer_shards(case: NetCase, tp: int, cluster: Cluster) -> tuple[LayerShard, 
             gathered, output = cluster.all_gather_us(dtype.itemsize * M * N, tp), M * N
         wgrad = device.product_us(shard_n, shard_k, M, dtype)
         dgrad = 0.0 if first else device.product_us(M, shard_k, shard_n, dtype)
+        pass_us = device.move_us(M * shard_n * dtype.itemsize) if case.batch_norm and not last else 0.0
         input_grad = cluster.all_reduce_us(dtype.itemsize * M * K, tp) if by_column and not first else 0.0
         kept_output = 0.0 if last else M * shard_n * (dtype.itemsize if case.batch_norm else 1 / 8)
         shards.append(
             LayerShard(
-                forward=Time(device.product_us(M, shard_n, shard_k, dtype), gathered),
-                backward=Time(wgrad + dgrad, input_grad, min(input_grad, wgrad)),
+                forward=Time(device.product_us(M, shard_n, shard_k, dtype) + FORWARD_PASSES * pass_us, gathered),
+                backward=Time(wgrad + dgrad + BACKWARD_PASSES * pass_us, input_grad, min(input_grad, wgrad)),
                 parameters=shard_n * (shard_k + 1),
                 kept_bytes=M * shard_k * dtype.itemsize + kept_output,
                 output_bytes=output * dtype.itemsize,

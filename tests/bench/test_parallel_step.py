@@ -53,6 +53,12 @@ def test_the_optimizer_moves_28_bytes_for_each_parameter():
     assert net_step(NET, Layout(), cluster(bandwidth=1e-6)).optimizer_us == pytest.approx(28 * parameters)
 
 
+def test_batch_norm_passes_eight_times_over_each_hidden_output():
+    slow = cluster(bandwidth=1e-6, rate=math.inf)
+    with_norm, without = (net_step(replace(NET, batch_norm=each), Layout(), slow).products_us for each in (True, False))
+    assert with_norm - without == pytest.approx(8 * 1000 * (40 + 10) * 4)
+
+
 # With few rows, partial sums of weight gradients are a large part of what is counted.
 @pytest.mark.parametrize("case", [case for case in PLAIN if case.rows >= 4096], ids=lambda case: case.name)
 def test_products_of_one_rank_take_as_long_as_the_launches_counted(case):
