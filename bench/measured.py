@@ -23,20 +23,20 @@ WITH_ACTIVATION = ("relu", "dact")
 FAR = 100.0  # farther than the logarithms of any sizes are apart
 
 
-class Measured(NamedTuple):
-    """What a folder of results says of a device.
+class Figures(NamedTuple):
+    """What a model takes of a device.
 
     Attributes:
-        bandwidth_tb_s: Copy bandwidth of device memory in TB/s.
-        bandwidth_source: The file that it is from.
+        bandwidth_tb_s: Bandwidth of device memory in TB/s.
+        bandwidth_said: The same in words, with its source.
         rate_tflop_s: Rate of a product.
-        rate_source: The files that it is from.
+        rate_said: The same in words, with its source.
     """
 
     bandwidth_tb_s: float
-    bandwidth_source: str
+    bandwidth_said: str
     rate_tflop_s: Rate
-    rate_source: str
+    rate_said: str
 
 
 def read_numbers(path: Path, columns: Sequence[str], option: str, names: Sequence[str] = ()) -> pd.DataFrame:
@@ -156,7 +156,7 @@ def rate_like_measured(times: pd.DataFrame, figures: Gpu) -> Callable[[int, int,
     return rate
 
 
-def read_measured(folder: Path) -> Measured:
+def read_measured(folder: Path) -> Figures:
     """Read bandwidth and rates from the folder of results of --measured.
 
     The bandwidth is that of copies in ceilings.csv, which `roofline` writes. The rates of products of 16-bit types are
@@ -172,12 +172,12 @@ def read_measured(folder: Path) -> Measured:
     bandwidth_tb_s = float(ceilings["copy_gb_s"].iloc[0]) / 1e3
     large: dict[str, float] = ceilings.set_index("dtype")["gemm_tflops"].to_dict()
     source = f"{folder.resolve().name}/{CEILINGS}"
-    of_shape, rate_source = None, source
+    of_shape, rate_said = None, f"measured rates of {source}"
     if (products := folder / PRODUCTS).exists():
         # Where the model needs more figures than were measured, the nearest shape corrects those of an H200.
         figures = replace(H200, copy_tb_s=bandwidth_tb_s, gemm_tflop_s=max(large.values()))
         of_shape = rate_like_measured(needed_times(products), figures)
-        rate_source = f"{folder.resolve().name}/{PRODUCTS} (16-bit types) and {CEILINGS} (others)"
+        rate_said = f"measured rates of {folder.resolve().name}/{PRODUCTS} (16-bit types) and {CEILINGS} (others)"
 
     def rate(M: int, N: int, K: int, dtype: torch.dtype) -> float:
         if of_shape is not None and dtype.itemsize == 2:
@@ -186,4 +186,4 @@ def read_measured(folder: Path) -> Measured:
             raise ValueError(f"argument --measured: {folder / CEILINGS}: has no row for {name}; has {', '.join(large)}")
         return large[name]
 
-    return Measured(bandwidth_tb_s, source, rate, rate_source)
+    return Figures(bandwidth_tb_s, f"{bandwidth_tb_s:.3g} TB/s (measured, {source})", rate, rate_said)

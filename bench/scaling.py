@@ -20,16 +20,16 @@ This does not depend on the batch of M rows or on the H features before and afte
 12 M H h / t FLOP (three passes of two products) and all-reduces M H elements twice. The first pair of a net needs one
 all-reduce instead of two and five products instead of six, so its ratio has 5 instead of 3.
 
-With --measured, bandwidth and rates are those of a folder of results: the rate of a product is the one that was
-measured for the nearest shape (M, N, K: rows, columns and inner length of the product). The distance is that of the
-logarithms of the shapes. --rates takes rates by shape from one file. --bandwidth, --flops and --rates have precedence
-over --measured.
+With --measured, bandwidth and rates are those of a folder of results; `measured` tells how times are carried over to
+shapes (M, N, K: rows, columns and inner length of the product) that were not measured. --rates takes rates from one
+file, for each product that of the nearest shape by logarithms. --bandwidth, --flops and --rates have precedence over
+--measured, and --rates over --flops.
 """
 
 import argparse
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -38,16 +38,16 @@ from ..kernels.gpu import H200
 from . import plot
 from .advise import MAX_RANKS, advice_rows, choices, counted, curve, reason
 from .cases import NETS, QUICK_NETS, NetCase
-from .cluster import Cluster, Device, Rate
+from .cluster import Cluster, Device
 from .command import add_common_arguments, check_any, print_table, select
 from .layout import Layout
-from .measured import read_measured, read_rates
+from .measured import Figures, read_measured, read_rates
 from .parallel_step import net_step
 from .results import write_table
 
 RANKS = (1, 2, 4, 8)
 BATCHES = tuple(2**i for i in range(21))
-BANDWIDTH_TB_S, RATE_TFLOP_S = 4.3, 770.0
+ASSUMED = Figures(4.3, "4.3 TB/s (assumed)", lambda *_: 770.0, "770 TFLOP/s (assumed)")
 # Columns of the advice that are printed, and how many layouts of each net.
 SHOWN = [
     "layout",
@@ -115,46 +115,40 @@ def scaling_table(cases: Iterable[NetCase], cluster: Cluster) -> pd.DataFrame:
     return pd.DataFrame([row for case in cases for row in scaling_rows(case, cluster)])
 
 
-def bandwidth_and_rate(arguments: argparse.Namespace) -> tuple[float, str, Rate, str]:
-    """The bandwidth of memory in TB/s and the rate of products that the options give, each with its source in words."""
-    flops = arguments.flops or RATE_TFLOP_S
-    bandwidth, rate = arguments.bandwidth or BANDWIDTH_TB_S, constant(flops)
-    bandwidth_said, rate_said = f"{bandwidth:g} TB/s (assumed)", f"{flops:g} TFLOP/s (assumed)"
-    if arguments.measured is not None:
-        measured = read_measured(arguments.measured)
-        if arguments.bandwidth is None:
-            bandwidth = measured.bandwidth_tb_s
-            bandwidth_said = f"{bandwidth:.3g} TB/s (measured, {measured.bandwidth_source})"
-        if arguments.flops is None:
-            rate, rate_said = measured.rate_tflop_s, f"measured rates of {measured.rate_source}"
+def figures(arguments: argparse.Namespace) -> Figures:
+    """The figures of a device that the options give."""
+    found = ASSUMED if arguments.measured is None else read_measured(arguments.measured)
+    if (bandwidth := arguments.bandwidth) is not None:
+        found = found._replace(bandwidth_tb_s=bandwidth, bandwidth_said=f"{bandwidth:g} TB/s (assumed)")
     if arguments.rates is not None:
-        rate, rate_said = read_rates(arguments.rates), f"measured rates of {arguments.rates.name}"
-    return bandwidth, bandwidth_said, rate, rate_said
-
-
-def constant(tflop_s: float) -> Rate:
-    """The same rate for every product."""
-    return lambda M, N, K, dtype: tflop_s
+        said = f"measured rates of {arguments.rates.name}"
+        found = found._replace(rate_tflop_s=read_rates(arguments.rates), rate_said=said)
+    elif (flops := arguments.flops) is not None:
+        found = found._replace(rate_tflop_s=lambda *_: flops, rate_said=f"{flops:g} TFLOP/s (assumed)")
+    return found
 
 
 def make_cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, object]]:
     """The cluster that the options describe, and columns of the tables that say what it was taken from."""
-    bandwidth, bandwidth_said, rate, rate_said = bandwidth_and_rate(arguments)
+    found = figures(arguments)
+    cluster = Cluster(
+        Device(found.bandwidth_tb_s, found.rate_tflop_s, arguments.launch_us, arguments.memory),
+        bus_gb_s=arguments.bus,
+        network_gb_s=arguments.network,
+        node_ranks=arguments.node,
+        latency_us=arguments.latency_us,
+        hop_us=arguments.hop_us,
+    )
+    links = {field.name: getattr(cluster, field.name) for field in fields(Cluster) if field.name != "device"}
     assumed = {
-        "bandwidth_tb_s": bandwidth,
-        "bandwidth": bandwidth_said,
-        "rate": rate_said,
-        "bus_gb_s": arguments.bus,
-        "network_gb_s": arguments.network,
-        "node_ranks": arguments.node,
-        "latency_us": arguments.latency_us,
-        "hop_us": arguments.hop_us,
+        "bandwidth_tb_s": found.bandwidth_tb_s,
+        "bandwidth": found.bandwidth_said,
+        "rate": found.rate_said,
+        **links,
         "launch_us": arguments.launch_us,
         "memory_gb": arguments.memory,
     }
-    device = Device(bandwidth, rate, arguments.launch_us, arguments.memory)
-    links = (arguments.bus, arguments.network, arguments.node, arguments.latency_us, arguments.hop_us)
-    return Cluster(device, *links), assumed
+    return cluster, assumed
 
 
 def describe(assumed: dict[str, object]) -> str:
@@ -182,6 +176,10 @@ def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str
     layouts, points = [], []
     for case in cases:
         found, of_ranks = choices(case, ranks, cluster), curve(case, cluster)
+        points += of_ranks
+        if not found:
+            print(f"{case.name}: no layout gives each of {ranks} ranks a row, a column or a layer of its own.\n")
+            continue
         fitting = [each for each in found if each.fits]
         if fitting:
             shown = pd.DataFrame(advice_rows(case, fitting[:SHOWN_LAYOUTS], cluster), columns=SHOWN)
@@ -192,10 +190,10 @@ def advise(cases: list[NetCase], ranks: int, cluster: Cluster, assumed: dict[str
         print(f"{case.name}: modelled: {advice}.\n")
         of_net = pd.DataFrame(advice_rows(case, found, cluster))
         layouts.append(of_net.assign(advice=[advice, *[""] * (len(found) - 1)]))
-        points += of_ranks
     if out is not None:
         curves = pd.DataFrame(points)
-        write_table(pd.concat(layouts).assign(**assumed), out, "advice")
+        if layouts:
+            write_table(pd.concat(layouts).assign(**assumed), out, "advice")
         write_table(curves.assign(**assumed), out, "curves")
         plot.save(plot.curves(curves), out, "curves")
 
@@ -209,8 +207,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measured", type=Path, metavar="DIR", help="results to take bandwidth (ceilings.csv) and rates from"
     )
-    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help=f"device memory bandwidth ({BANDWIDTH_TB_S:g})")
-    parser.add_argument("--flops", type=float, metavar="TFLOP/S", help=f"arithmetic rate ({RATE_TFLOP_S:g})")
+    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="device memory bandwidth (4.3)")
+    parser.add_argument("--flops", type=float, metavar="TFLOP/S", help="arithmetic rate (770)")
     parser.add_argument(
         "--rates", type=Path, metavar="CSV", help="measured rates with columns M,N,K,tflops, in place of --flops"
     )

@@ -95,8 +95,8 @@ def test_without_products_every_shape_has_the_rate_of_large_ones(folder):
 
 def test_bandwidth_and_sources_are_those_of_the_folder(folder):
     found = read_measured(folder)
-    assert (found.bandwidth_tb_s, found.bandwidth_source) == (4, f"{folder.name}/ceilings.csv")
-    assert found.rate_source == f"{folder.name}/products.csv (16-bit types) and ceilings.csv (others)"
+    assert (found.bandwidth_tb_s, found.bandwidth_said) == (4, f"4 TB/s (measured, {folder.name}/ceilings.csv)")
+    assert found.rate_said == f"measured rates of {folder.name}/products.csv (16-bit types) and ceilings.csv (others)"
 
 
 @pytest.mark.parametrize("name", ["nvidia-h200", "cpu"])

@@ -125,6 +125,13 @@ def test_layouts_that_do_not_fit_are_said_to_be_left_out(capsys):
     assert "wide @ 8192: left out: 1 layout larger than 2 GB" in capsys.readouterr().out
 
 
+def test_ranks_that_cannot_all_have_work_are_said(tmp_path, capsys):
+    argv = ["scaling", "--advise", "--filter", "policy", "--ranks", "1021", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert "RL policy @ 256: no layout gives each of 1021 ranks a row" in capsys.readouterr().out
+    assert not (tmp_path / "advice.csv").exists()
+
+
 def test_batch_sets_the_rows_of_each_net_once(tmp_path):
     argv = ["scaling", "--advise", "--ranks", "1", "--filter", "DLRM bottom", "--batch", "100", "--out", str(tmp_path)]
     assert main(argv) == 0
