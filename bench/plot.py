@@ -227,3 +227,43 @@ def scaling(table: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="net @ batch")
     return figure
+
+
+def curves(table: pd.DataFrame) -> Figure:
+    """Draw the modelled efficiency of the best layout against the number of ranks, with a panel for each net.
+
+    Solid lines are strong scaling and dashed ones weak scaling. The colour of a point is the kind of the layout.
+
+    Args:
+        table: Table of `advise.curves_table`.
+    """
+    nets, kinds = list(dict.fromkeys(table["net"])), sorted(set(table["kind"]) - {"none"})
+    colours = dict(zip(kinds, color_sequences["tab20"], strict=False))
+    columns = min(4, len(nets))
+    lines = -(-len(nets) // columns)
+    figure = Figure(figsize=(2.5 + 3.4 * columns, 1.2 + 2.9 * lines), dpi=150, layout="constrained")
+    figure.suptitle("Best layout of a training step, modelled: efficiency against one rank")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    styles = {"strong": ("-", "o"), "weak": ("--", "s")}
+    for axes in panels[len(nets) :]:
+        axes.set_visible(False)
+    for axes, net in zip(panels, nets, strict=False):
+        for scaling, of_line in table[table["net"] == net].groupby("scaling"):
+            line, marker = styles[scaling]
+            axes.plot(of_line["ranks"], of_line["modelled_efficiency"], line, color="grey", linewidth=1)
+            for kind, points in of_line[of_line["kind"] != "none"].groupby("kind"):
+                axes.plot(points["ranks"], points["modelled_efficiency"], marker, color=colours[kind])
+        axes.set(title=net, ylim=(0, 1.1))
+        axes.tick_params(labelbottom=True)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
+        axes.grid(alpha=0.3)
+    figure.supxlabel("ranks")
+    figure.supylabel("efficiency, modelled")
+    handles = [Line2D([], [], linestyle="", marker="D", color=colours[kind], label=kind) for kind in kinds]
+    handles += [
+        Line2D([], [], linestyle=line, marker=marker, color="grey", label=f"{scaling} scaling")
+        for scaling, (line, marker) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="kind of layout")
+    return figure

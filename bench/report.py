@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from ..mlp.training.checkpoint import atomic_write
 from . import plot
-from .advice import picture as draw_advice
 from .competitors import CEILING
 
 
@@ -80,29 +79,34 @@ def scaling(results: Path) -> str:
     of = rows.iloc[0]
     return (
         f"{markdown(pd.DataFrame(table))}\n"
-        f"One training step, modelled and not measured: {of['bandwidth_tb_s']:g} TB/s, {of['rate']}, a bus of "
+        f"One training step, modelled and not measured: {of['bandwidth']}, {of['rate']}, a bus of "
         f"{of['bus_gb_s']:g} GB/s for each rank, {of['latency_us']:g} µs for each collective.\n"
     )
 
 
-ADVISED = (8, 64, 1024)
-
-
 def advice(results: Path) -> str:
-    """The section on the fastest layouts of each net on many ranks."""
-    (path,) = stored(results, "advice/advice.csv")
+    """The section on the layout that is advised for each net."""
+    (path,) = stored(results, "scaling/advice.csv")
     rows = pd.read_csv(path)
-    best = rows[rows["place"] == 1]
-    table = []
-    for net, of_net in best.groupby("net", sort=False):
-        by_ranks = of_net.set_index("ranks")
-        cells = {
-            f"on {ranks} ranks": f"{by_ranks['layout'][ranks]}: {by_ranks['modelled_efficiency'][ranks]:.2f}"
-            for ranks in ADVISED
+    best = rows.query("fits").drop_duplicates("net")
+    table = pd.DataFrame(
+        {
+            "net": best["net"],
+            "layout": best["layout"],
+            "modelled, µs": best["modelled_us"].map("{:,.0f}".format),
+            "efficiency": best["modelled_efficiency"].map("{:.2f}".format),
+            "exposed communication": (best["modelled_exposed_us"] / best["modelled_us"]).map("{:.0%}".format),
+            "memory, GB": best["modelled_memory_gb"].map("{:.2g}".format),
         }
-        table.append({"net": net, **cells, "fastest on": by_ranks["modelled_us"].idxmin()})
-    note = f"Layout and efficiency against one rank, modelled and not measured: {rows['assumed'].iloc[0]}."
-    return f"{markdown(pd.DataFrame(table), right=False)}\n{note}\n"
+    )
+    of = rows.iloc[0]
+    return (
+        f"{markdown(table)}\n"
+        f"One training step on {of['ranks']} ranks, modelled and not measured: {of['bandwidth']}, {of['rate']}, "
+        f"{of['node_ranks']} ranks in a node, a bus of {of['bus_gb_s']:g} GB/s for each rank and a network of "
+        f"{of['network_gb_s']:g} GB/s, {of['latency_us']:g} µs for each collective and {of['hop_us']:g} µs for each "
+        "doubling of its nodes.\n"
+    )
 
 
 def codegen(results: Path) -> str:
@@ -212,7 +216,7 @@ PICTURES: dict[str, Callable[[Path], Figure]] = {
     "ops": lambda folder: plot.speedups(pd.read_csv(folder / "ops.csv"), "ops"),
     "mlp": lambda folder: plot.speedups(pd.read_csv(folder / "mlp.csv"), "mlp"),
     "scaling": lambda folder: plot.scaling(pd.read_csv(folder / "scaling.csv")),
-    "advice": lambda folder: draw_advice(pd.read_csv(folder / "advice.csv")),
+    "curves": lambda folder: plot.curves(pd.read_csv(folder / "curves.csv")),
 }
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "traffic": traffic,

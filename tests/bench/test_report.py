@@ -74,10 +74,42 @@ def test_the_scaling_table_says_up_to_how_many_ranks_pay(tmp_path):
         *(("wide", 1, 1.0, False), ("wide", 2, 0.9, True), ("wide", 4, 0.75, True)),
         *(("narrow", 1, 1.0, False), ("narrow", 2, 0.4, False), ("narrow", 4, 0.15, False)),
     ]
-    assumed = {"bandwidth_tb_s": 4.3, "rate": "770 TFLOP/s", "bus_gb_s": 450, "latency_us": 10}
+    assumed = {"bandwidth": "4.3 TB/s", "rate": "770 TFLOP/s", "bus_gb_s": 450, "latency_us": 10}
     write_table(pd.DataFrame(rows, columns=columns).assign(**assumed), tmp_path / "scaling", "scaling")
     text = render("<!-- begin scaling -->\n<!-- end scaling -->\n", tmp_path)
     assert text == f"<!-- begin scaling -->\n{SCALING}<!-- end scaling -->\n"
+
+
+ADVICE = """\
+| net | layout | modelled, µs | efficiency | exposed communication | memory, GB |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| wide | fsdp 8 | 1,200 | 0.50 | 25% | 3.5 |
+
+One training step on 8 ranks, modelled and not measured: 4.3 TB/s, 770 TFLOP/s, 8 ranks in a node, a bus of 450 GB/s \
+for each rank and a network of 50 GB/s, 10 µs for each collective and 5 µs for each doubling of its nodes.
+"""
+
+
+def test_the_advice_table_has_the_best_layout_that_fits(tmp_path):
+    columns = [
+        "net",
+        "layout",
+        "modelled_us",
+        "modelled_efficiency",
+        "modelled_exposed_us",
+        "modelled_memory_gb",
+        "fits",
+    ]
+    rows = [
+        ("wide", "fsdp 8", 1200.0, 0.5, 300.0, 3.5, True),
+        ("wide", "tp 8", 1300.0, 0.45, 400.0, 3.5, True),
+        ("wide", "dp 8", 1000.0, 0.6, 100.0, 200.0, False),
+    ]
+    assumed = {"bandwidth": "4.3 TB/s", "rate": "770 TFLOP/s", "bus_gb_s": 450, "network_gb_s": 50, "latency_us": 10}
+    table = pd.DataFrame(rows, columns=columns).assign(ranks=8, node_ranks=8, hop_us=5, **assumed)
+    write_table(table, tmp_path / "scaling", "advice")
+    text = render("<!-- begin advice -->\n<!-- end advice -->\n", tmp_path)
+    assert text == f"<!-- begin advice -->\n{ADVICE}<!-- end advice -->\n"
 
 
 SPEED = "<!-- begin speed -->\n<!-- end speed -->\n"

@@ -1,112 +1,17 @@
-"""The model of tensor parallelism: by hand, in its limits, against the textbook formula, and as a command."""
+"""The command that models scaling: what it prints, writes and draws, and options of no use."""
 
 import math
-from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from fusemlp.bench import plot, scaling
 from fusemlp.bench.__main__ import main
-from fusemlp.bench.cases import NETS, NetCase
-from fusemlp.bench.cluster import Cluster, nearest_rate
-from fusemlp.bench.roofline import Ceilings
-from fusemlp.bench.scaling import Step
-from fusemlp.bench.traffic import count_fusemlp, modelled_us
+from fusemlp.bench.cases import NetCase
+from fusemlp.bench.cluster import Cluster, Device
 
-NET = NetCase("by hand", 1000, 100, (40, 10), 6, dtype=torch.float32)
-PAIRS = NetCase("pairs", 4096, 512, (2048, 512, 2048), 512)
-PLAIN = [case for case in NETS if not case.batch_norm]
-PRODUCTS = ("linear_fwd", "linear_dgrad", "linear_wgrad")
 MORE = (2, 4, 8)
-
-
-def cluster(bandwidth=math.inf, rate=770.0, bus=450.0, latency=0.0):
-    return Cluster(bandwidth, lambda *_: rate, bus, latency)
-
-
-def test_layers_by_hand():
-    # A TFLOP/s is 10**6 flops, and a GB/s 10**3 bytes, each microsecond.
-    column, row, last = scaling.layer_steps(NET, 2, cluster(rate=1, bus=1, latency=5))
-    # 100 -> 20 of 40, without an input gradient.
-    assert column == Step(pytest.approx(2 * 4.0))
-    # 20 of 40 -> 10: 40,000 bytes of output, each rank sending 2 * 1/2 of them.
-    assert row == Step(pytest.approx(3 * 0.4), pytest.approx(40 + 5))
-    # 10 -> 3 of 6: 24,000 bytes to gather, and an input gradient of 40,000 beside a wgrad of 0.06.
-    assert last == Step(pytest.approx(3 * 0.06), pytest.approx((12 + 5) + (40 + 5)), pytest.approx(0.06))
-
-
-def test_a_step_is_its_layers_less_what_is_hidden():
-    assert scaling.net_step(NET, 2, cluster(rate=1, bus=1, latency=5)).modelled_us == pytest.approx(
-        (8 + 1.2 + 0.18) + (45 + 62) - 0.06
-    )
-
-
-def test_a_product_bound_by_memory_by_hand():
-    assert cluster(bandwidth=1e-6, rate=math.inf).product_us(2, 3, 5, 4) == pytest.approx(4 * (2 * 5 + 5 * 3 + 2 * 3))
-
-
-def test_rates_are_asked_for_by_rows_columns_and_inner_length():
-    asked = []
-    scaling.layer_steps(NET, 2, Cluster(1, lambda *shape: asked.append(shape) or 1.0, 1, 0))
-    assert set(asked[2:5]) == {(1000, 10, 20), (1000, 20, 10), (10, 20, 1000)}  # forward, dgrad, wgrad
-
-
-@pytest.mark.parametrize("ranks", MORE)
-@pytest.mark.parametrize(("pair", "factor"), [(slice(2), 5), (slice(2, 4), 3)], ids=["first", "inner"])
-def test_a_pair_follows_the_formula(pair, factor, ranks):
-    step = sum(scaling.layer_steps(PAIRS, ranks, cluster(rate=770, bus=450))[pair], Step())
-    expected = (ranks - 1) * 2 * 770e12 / (factor * 2048 * 450e9)
-    assert step.collectives_us / step.products_us == pytest.approx(expected)
-
-
-def efficiency(case, ranks, of_cluster):
-    one, many = (scaling.net_step(case, each, of_cluster).modelled_us for each in (1, ranks))
-    return one / (ranks * many)
-
-
-@pytest.mark.parametrize("ranks", MORE)
-def test_a_bus_without_limits_is_ideal(ranks):
-    assert efficiency(PAIRS, ranks, cluster(bus=math.inf)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("ranks", MORE)
-def test_unsplit_activations_keep_it_from_ideal_where_memory_is_the_limit(ranks):
-    assert efficiency(PAIRS, ranks, cluster(bandwidth=4.3, rate=math.inf, bus=math.inf)) < 0.9
-
-
-def test_without_input_gradients_nothing_is_hidden():
-    assert scaling.net_step(replace(PAIRS, hidden_features=(2048,)), 8, cluster()).hidden_us == 0
-
-
-def inner_column(of_cluster):
-    """The step of the second column-parallel layer, 512 -> 2048, on two ranks."""
-    return scaling.layer_steps(PAIRS, 2, of_cluster)[2]
-
-
-def test_a_fast_bus_is_hidden_whole():
-    step = inner_column(cluster(bus=10_000))
-    assert step.exposed_us == 0
-    assert step.collectives_us == pytest.approx(2 * 4096 * 512 / 1e7)
-
-
-def test_a_slow_bus_hides_behind_one_product_of_three():
-    step = inner_column(cluster(bus=1))
-    assert step.hidden_us == pytest.approx(step.products_us / 3)
-
-
-def test_a_layer_that_cannot_be_split_gains_nothing():
-    one, two = (scaling.layer_steps(NetCase("", 64, 32, (), 1), ranks, cluster())[0] for ranks in (1, 2))
-    assert one.products_us == two.products_us
-
-
-# With few rows, partial sums of weight gradients are a large part of what is counted.
-@pytest.mark.parametrize("case", [case for case in PLAIN if case.rows >= 4096], ids=lambda case: case.name)
-def test_products_of_one_rank_take_as_long_as_the_launches_counted(case):
-    counted = [each for layer in count_fusemlp(case) for each in layer if each.name in PRODUCTS]
-    step = scaling.net_step(case, 1, cluster(bandwidth=4.3))
-    assert step == Step(step.products_us)
-    assert step.products_us == pytest.approx(modelled_us(counted, Ceilings(4300, 770)), rel=0.1)
+H200 = Path(scaling.__file__).parent / "results" / "nvidia-h200"
 
 
 def test_ranks_pay_if_faster_than_any_fewer():
@@ -116,12 +21,9 @@ def test_ranks_pay_if_faster_than_any_fewer():
 @pytest.mark.parametrize(("latency", "first"), [(0, 1), (10, 512)], ids=["no latency", "10 us"])
 def test_latency_is_what_small_batches_cannot_pay(latency, first):
     case = NetCase("", 1, 1024, (4096,), 1024)
-    assert scaling.paying_batches(case, cluster(bandwidth=4.3, latency=latency))[2][0] == first
-
-
-def test_nearest_rate_is_by_log_distance():
-    rates = pd.DataFrame({"M": [100, 1000], "N": [8, 8], "K": [8, 8], "tflops": [1.0, 2.0]})
-    assert [nearest_rate(rates)(M, 8, 8) for M in (310, 320)] == [1.0, 2.0]
+    # Nothing but products and collectives: memory without limits.
+    cluster = Cluster(Device(math.inf, lambda *_: 770.0), bus_gb_s=450, latency_us=latency)
+    assert scaling.paying_batches(case, cluster)[2][0] == first
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +50,7 @@ def test_rows_are_told_apart(out):
 def test_times_are_said_to_be_modelled(capsys):
     assert main(["scaling", "--quick"]) == 0
     printed = capsys.readouterr().out
-    assert "modelled, not measured: 4.3 TB/s, 770 TFLOP/s, bus 450 GB/s, 10 us per collective" in printed
+    assert "modelled, not measured: 4.3 TB/s (assumed), 770 TFLOP/s (assumed), bus 450 GB/s, network 50" in printed
     assert "quick plain: modelled not to pay" in printed
 
 
@@ -167,7 +69,82 @@ def test_measured_rates_take_the_place_of_the_option(out, tmp_path):
     assert halved["modelled_products_us"].to_list() == pytest.approx(
         2 * full["modelled_products_us"][halved.index].to_numpy()
     )
-    assert set(halved["rate"]) == {"rates of rates.csv"}
+    assert set(halved["rate"]) == {"measured rates of rates.csv"}
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory):
+    advised = tmp_path_factory.mktemp("advised")
+    argv = ["scaling", "--advise", "--ranks", "16", "--filter", "wide|policy", "--measured", str(H200)]
+    assert main([*argv, "--memory", "2", "--out", str(advised)]) == 0
+    return advised
+
+
+@pytest.mark.parametrize(
+    "name", ["advice.csv", "advice.json", "curves.csv", "curves.json", "curves.png", "environment.json"]
+)
+def test_advice_writes(advised, name):
+    assert (advised / name).stat().st_size
+
+
+def test_advice_can_be_compared_with_itself(advised):
+    assert main(["compare", str(advised), str(advised)]) == 0
+
+
+def test_advice_has_every_layout_once_and_marks_what_does_not_fit(advised):
+    table = pd.read_csv(advised / "advice.csv")
+    assert not table.duplicated(["net", "data", "data_parallel", "tp", "pp"]).any()
+    wide = table[table["net"] == "wide @ 8192"].set_index("layout")
+    assert (wide["modelled_memory_gb"] <= 2).equals(wide["fits"])
+    assert not wide["fits"].all()
+
+
+def test_advice_tells_what_was_measured(advised):
+    table = pd.read_csv(advised / "advice.csv")
+    assert set(table["bandwidth"]) == {"4.27 TB/s (measured, nvidia-h200/ceilings.csv)"}
+    assert set(table["rate"]) == {"measured rates of nvidia-h200/products.csv (16-bit types) and ceilings.csv (others)"}
+
+
+def test_curves_have_a_panel_per_net_and_a_colour_per_kind(advised):
+    table = pd.read_csv(advised / "curves.csv")
+    figure = plot.curves(table)
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["wide @ 8192", "RL policy @ 256"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [*sorted(set(table["kind"]) - {"none"}), "strong scaling", "weak scaling"]
+
+
+def test_advice_is_printed_as_modelled(capsys):
+    assert main(["scaling", "--advise", "--quick", "--ranks", "2", "--memory", "0.0005"]) == 0
+    printed = capsys.readouterr().out
+    assert "on 2 ranks. Times are modelled, not measured: 4.3 TB/s (assumed), 770 TFLOP/s (assumed), bus 450" in printed
+    assert "quick plain: modelled: on 2 ranks take " in printed
+
+
+def test_layouts_that_do_not_fit_are_said_to_be_left_out(capsys):
+    assert main(["scaling", "--advise", "--filter", "wide", "--ranks", "2", "--memory", "2"]) == 0
+    assert "wide @ 8192: left out: 1 layout larger than 2 GB" in capsys.readouterr().out
+
+
+def test_ranks_that_cannot_all_have_work_are_said(tmp_path, capsys):
+    argv = ["scaling", "--advise", "--filter", "policy", "--ranks", "1021", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert "RL policy @ 256: no layout gives each of 1021 ranks a row" in capsys.readouterr().out
+    assert not (tmp_path / "advice.csv").exists()
+
+
+def test_batch_sets_the_rows_of_each_net_once(tmp_path):
+    argv = ["scaling", "--advise", "--ranks", "1", "--filter", "DLRM bottom", "--batch", "100", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    table = pd.read_csv(tmp_path / "advice.csv")
+    assert table[["net", "rows"]].to_dict("records") == [{"net": "DLRM bottom @ 100", "rows": 100}]
+
+
+def test_options_have_precedence_over_measured_files(tmp_path):
+    argv = ["scaling", "--filter", "policy", "--measured", str(H200), "--flops", "100", "--bandwidth", "1"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "scaling.csv")
+    assert set(table["rate"]) == {"100 TFLOP/s (assumed)"}
+    assert set(table["bandwidth"]) == {"1 TB/s (assumed)"}
 
 
 @pytest.mark.parametrize(
@@ -176,34 +153,19 @@ def test_measured_rates_take_the_place_of_the_option(out, tmp_path):
         (["--filter", "nothing"], "argument --filter: 'nothing' matches no case"),
         (["--flops", "0"], "argument --flops: 0.0; must be above 0 and finite"),
         (["--bus", "nan"], "argument --bus: nan; must be above 0 and finite"),
+        (["--network", "-1"], "argument --network: -1.0; must be above 0 and finite"),
+        (["--memory", "0"], "argument --memory: 0.0; must be above 0 and finite"),
         (["--latency-us", "-1"], "argument --latency-us: -1.0; must be at least 0 and finite"),
+        (["--hop-us", "inf"], "argument --hop-us: inf; must be at least 0 and finite"),
+        (["--node", "0"], "argument --node: 0; must be at least 1"),
+        (["--batch", "0"], "argument --batch: 0; must be at least 1"),
+        (["--ranks", "8"], "argument --ranks: needs --advise"),
+        (["--advise", "--ranks", "0"], "argument --ranks: 0; must be from 1 to 1024"),
+        (["--advise", "--ranks", "1025"], "argument --ranks: 1025; must be from 1 to 1024"),
     ],
-    ids=["filter", "flops", "bus", "latency"],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_what_it_cannot_use_is_one_line(argv, message, capsys):
-    assert main(["scaling", *argv]) == 2
-    assert message in capsys.readouterr().err
-
-
-BAD_RATES = {
-    "missing": (None, "no such file"),
-    "empty": (b"", "No columns to parse from file"),
-    "column": (b"M,N,rate\n1,2,3\n", "has no column K, tflops; must have M, N, K, tflops"),
-    "rows": (b"M,N,K,tflops\n", "has no rows"),
-    "text": (b"M,N,K,tflops\n1,2,3,4\n1,2,3,fast\n", "row 2: M, N, K, tflops must be positive numbers"),
-    "zero": (b"M,N,K,tflops\n0,2,3,4\n", "row 1: M, N, K, tflops must be positive numbers"),
-    "ragged": (b"M,N,K,tflops\n1,2,3,4\n1,2,3,4,5\n", "Expected 4 fields in line 3, saw 5"),
-    "binary": (b"\x89PNG\xff\xfe", "can't decode"),
-}
-
-
-@pytest.mark.parametrize(("contents", "message"), BAD_RATES.values(), ids=BAD_RATES)
-def test_rates_it_cannot_use_are_one_line(contents, message, tmp_path, capsys):
-    path = tmp_path / "rates.csv"
-    if contents is not None:
-        path.write_bytes(contents)
-    assert main(["scaling", "--quick", "--rates", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert f"argument --rates: {path}: " in error
-    assert message in error
-    assert error.count("\n") == 1
+def test_what_it_cannot_use_is_one_line(argv, message, tmp_path, capsys):
+    assert main(["scaling", *argv, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"fusemlp-bench scaling: error: {message}\n"
+    assert not (tmp_path / "out").exists()
