@@ -11,7 +11,7 @@ import torch
 
 from .errors import CannotWrite, InputError
 
-FORMAT = "fusemlp.mlp 1"
+FORMAT = "fusemlp.mlp 2"
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from .errors import CannotWrite, Diverged, InputError, Interrupted
 from .judging import positive_class
 from .lr_finder import LR_PICTURE, LR_TABLE, find_rate, write_range_test
 from .net import make_model
-from .options import PROG, Options, configuration, parse_options, resolve_device, saved_options
+from .options import Options, configuration, parse_options, resolve_device, saved_options
+from .parser import PROG
 from .predict import BEST, KEPT, SHOWN_ROWS, Run, load_run, predictions_table, write_predictions
 from .reading import read_table
 from .report import (
@@ -95,7 +96,7 @@ def run(argv: Sequence[str] | None) -> int:
     if saved is None:
         prepare_folder(folder, options.overwrite or options.search > 0)
     else:
-        training.go_on(saved)
+        training.load_state_dict(saved)
     introduce(training)
     report = train_and_report(training)
     show_report(training, report)

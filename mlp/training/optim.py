@@ -79,21 +79,20 @@ def scale_rate(scheduler: LRScheduler, optimizer: Optimizer, factor: float) -> N
         group["initial_lr"] *= factor
 
 
-def stretch(scheduler: LRScheduler, optimizer: Optimizer, name: str, steps: int, warmup: float) -> LRScheduler:
-    """A schedule for another number of steps, after as many steps as `scheduler` has made.
+def stretch(done: int, optimizer: Optimizer, name: str, steps: int, warmup: float) -> LRScheduler:
+    """A schedule for another number of steps than it was begun for.
 
     Args:
-        scheduler: A schedule of `make_scheduler`.
+        done: The number of steps that it has made.
         optimizer: Its optimizer.
         name, steps, warmup: See `make_scheduler`.
     """
-    done = scheduler.last_epoch
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]
-    longer = make_scheduler(name, optimizer, steps, warmup)
+    scheduler = make_scheduler(name, optimizer, steps, warmup)
     with warnings.catch_warnings():
         # PyTorch warns of steps of a schedule without steps of the optimizer.
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(done):
-            longer.step()
-    return longer
+            scheduler.step()
+    return scheduler

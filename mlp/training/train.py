@@ -93,7 +93,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned.
+        """Continue from a state that `state_dict` returned, perhaps to another number of epochs.
 
         Raises:
             InputError: If the training or validation data differ from those of the saved run.
@@ -102,7 +102,7 @@ class Training:
             raise InputError("argument --resume: the data have changed since the run began")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.load_schedule(state["scheduler"], state["options"]["epochs"])
         self.scaler.load_state_dict(state["scaler"])
         self.row_order.set_state(state["row_order"])
         torch.set_rng_state(state["random"])
@@ -113,24 +113,18 @@ class Training:
         self.history = state["history"]
         self.recovered = state["recovered"]
 
-    def go_on(self, saved: dict[str, Any]) -> None:
-        """Continue a saved run, perhaps to another number of epochs. The schedule is then that of the new number.
+    def load_schedule(self, state: dict[str, Any], epochs: int) -> None:
+        """Continue a schedule. If it was begun for another number of epochs, it becomes that of this run's number.
 
         Args:
-            saved: What `state_dict` returned.
-
-        Raises:
-            InputError: See `load_state_dict`.
+            state: Its state.
+            epochs: The number of epochs that it was begun for.
         """
-        self.load_state_dict(saved)
-        self.stretch_schedule(saved["options"]["epochs"])
-
-    def stretch_schedule(self, epochs: int) -> None:
-        """Make the schedule that of this run's number of epochs, if it was begun for another number."""
-        options = self.options
-        if epochs != options.epochs:
-            steps = options.epochs * self.steps_per_epoch
-            self.scheduler = stretch(self.scheduler, self.optimizer, options.schedule, steps, options.warmup)
+        if epochs == self.options.epochs:
+            self.scheduler.load_state_dict(state)
+        else:
+            options, steps = self.options, self.options.epochs * self.steps_per_epoch
+            self.scheduler = stretch(state["last_epoch"], self.optimizer, options.schedule, steps, options.warmup)
 
     def finished(self) -> bool:
         """Whether every epoch has run, or patience has run out."""

@@ -20,7 +20,8 @@ from ...mlp.training.checkpoint import load_checkpoint
 from ...mlp.training.command import INTERRUPTED, console, fit, introduce, show_report, verify
 from ...mlp.training.data import Data, load_data
 from ...mlp.training.errors import CannotWrite, Diverged, InputError, Interrupted
-from ...mlp.training.options import Options, configuration, count, make_parser, parse_options, resolve_device
+from ...mlp.training.options import Options, configuration, parse_options, resolve_device
+from ...mlp.training.parser import count, make_parser
 from ...mlp.training.predict import KEPT
 from ...mlp.training.report import CONFIG, prepare_folder, write_json, write_report
 from ...mlp.training.train import Training

@@ -260,7 +260,7 @@ class ParallelTraining(Training):
             raise InputError("argument --resume: the data have changed since the run began")
         self.epoch = progress["epoch"]
         read_checkpoint(folder, self.epoch, self.model, self.optimizer)
-        self.scheduler.load_state_dict(progress["scheduler"])
+        self.load_schedule(progress["scheduler"], progress["options"]["epochs"])
         self.scaler.load_state_dict(progress["scaler"])
         self.row_order.set_state(progress["row_order"])
         # A rank that did not exist when the checkpoint was written keeps its newly seeded generators.
@@ -270,4 +270,3 @@ class ParallelTraining(Training):
                 torch.cuda.set_rng_state(states[1], self.device)
         self.best_epoch, self.best_loss = progress["best"]
         self.history = progress["history"]
-        self.stretch_schedule(progress["options"]["epochs"])

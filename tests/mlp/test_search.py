@@ -32,6 +32,12 @@ def test_a_search_ends_in_a_run_with_the_best_options(tmp_path, capsys, monkeypa
         assert (tmp_path / name).stat().st_size
 
 
+def test_the_winner_of_a_search_can_go_on_for_longer(tmp_path):
+    assert main([*SMALL, "--search", "2", "--patience", "0", "--out", str(tmp_path)]) == 0
+    assert main(["--resume", "--epochs", "5", "--no-verify", "--no-baselines", "--out", str(tmp_path)]) == 0
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 5
+
+
 def test_a_search_goes_on_from_its_storage(tmp_path):
     storage = ["--storage", str(tmp_path / "trials.db"), "--sampler", "random", "--overwrite"]
     for count in (2, 3):
