@@ -32,7 +32,7 @@ from .results import write_table
 from .timing import default_device
 
 BATCHES, QUICK_BATCHES = (64, 256, 1024, 4096, 16384, 65536), (64, 256)
-RATES, QUICK_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2)
+RATES, QUICK_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (3e-3, 1e-2)
 SEEDS, QUICK_SEEDS = 3, 1
 MAX_STEPS = 600
 HELD_OUT = 1024
