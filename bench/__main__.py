@@ -19,6 +19,7 @@ from . import (
     report,
     roofline,
     scaling,
+    signals,
     traffic,
 )
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "codegen": codegen,
     "traffic": traffic,
     "scaling": scaling,
+    "signals": signals,
     "compare": compare,
     "convergence": convergence,
     "report": report,
