@@ -139,7 +139,7 @@ def test_every_test_of_a_section_has_its_place(tmp_path):
         "predict",
         "reading",
     }
-    on_the_cpu |= {"recover", "tables", "tools", "train", "verify"}
+    on_the_cpu |= {"recover", "search", "tables", "tools", "train", "verify"}
     assert sorted(named) == sorted(
         f"tests/mlp/{path.name}"
         for path in (ROOT / "tests" / "mlp").glob("test_*.py")
