@@ -263,7 +263,7 @@ def compare_architectures(run: Run) -> list[Claim]:
         claims.append(
             Claim(
                 f"7{letter}",
-                f"A plain {name} is more compute-bound than convolution nets and Transformers, by count",
+                f"An {name} is more compute-bound than convolution nets and Transformers, by count",
                 verdict(all(counted[name].intensity > counted[other].intensity for other in others)),
                 "counted: FLOP of products per byte that PyTorch's operators move in training is above both others'",
                 ", ".join(f"{name} {each.intensity:.0f}" for name, each in counted.items()),
@@ -273,7 +273,7 @@ def compare_architectures(run: Run) -> list[Claim]:
         claims.append(
             Claim(
                 f"7{letter}",
-                f"A plain {name} is more compute-bound than convolution nets and Transformers, in time",
+                f"An {name} is more compute-bound than convolution nets and Transformers, in time",
                 time_verdict(
                     all(timed[name][0] > timed[other][2] for other in others),
                     all(timed[name][2] > timed[other][0] for other in others),

@@ -164,11 +164,13 @@ def test_speed_of_a_cpu_is_not_reported(section, tmp_path):
 
 def test_claims_are_reported_with_their_machine(tmp_path):
     (tmp_path / "cpu").mkdir()
-    claim = {"number": "1", "claim": "it is fast", "verdict": "confirmed", "measured": "2x"}
+    claim = {"number": "1", "claim": "it is fast", "verdict": "confirmed", "rule": "above 1", "measured": "2x"}
+    claim |= {"timed": True, "run": "quick", "interference": 1.0449}
     write_table(pd.DataFrame([claim]), tmp_path / "cpu", "claims")
     text = render("<!-- begin claims -->\n<!-- end claims -->\n", tmp_path)
-    assert "| 1 | it is fast | confirmed | 2x |" in text
+    assert "| 1 | it is fast | confirmed | above 1 | 2x |" in text
     assert f"Measured on a {environment()['device']}" in text
+    assert "in a quick run. A product that was repeated throughout the run took 1.04 times as long" in text
 
 
 def test_pictures_are_drawn_beside_their_tables(results, readme, tmp_path):
