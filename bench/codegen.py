@@ -43,6 +43,7 @@ from ..kernels.cross_entropy_bwd import cross_entropy_bwd
 from ..kernels.dropout import dropout, dropout_args
 from ..kernels.epilogue import AddArgs, Epilogue, EpilogueKind, add_to, bitmask_width
 from ..kernels.gemm import gemm
+from ..kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from ..kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -76,6 +77,8 @@ CLASSES = (10, 1000, 4096, 131072)
 SPLIT = ("linear_dgrad", "linear_wgrad", "linear_wgrad no bias")
 # Activations after batch norm: none, and one for each way in which kernels compute the derivative.
 NORM_ACTIVATIONS = (None, "relu", "tanh", "silu")
+# Widths for which a tile of whole rows has many rows and one, and the widest.
+ROW_WIDTHS = (64, 1024, config.MAX_ROW)
 # Machine instructions that kernels whose time they decide may have, and loads and stores of 2 bytes where rows are
 # multiples of 8 elements: of a bias, a class index or a weight of a class.
 MAX_MACHINE_INSTRUCTIONS = {
@@ -276,7 +279,19 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             lambda name=name: batch_norm_bwd(dy, x, *norm, torch.empty(2, N), name, 0.1, seed),
         )
     yield "batch_norm_fwd no affine", lambda: batch_norm_fwd(x, mean, var, None, None, 1e-5, "relu", 0.0, None)
+    yield "batch_norm_fwd residual", lambda: batch_norm_fwd(x, *norm, "relu", 0.1, seed, 0, dy)
+    for width in ROW_WIDTHS:
+        rows: Any = torch.empty(2, M, width, dtype=dtype).unbind()
+        affine = torch.empty(2, width).unbind()
+        for name in NORM_ACTIVATIONS if width == N else ("relu",):
+            kind = f"{width} wide {name} dropout"
+            block: Any = *affine, 1e-5, True, name, 0.1, seed
+            yield f"layer_norm_fwd {kind} residual", lambda r=rows, b=block: layer_norm_fwd(r[0], *b, residual=r[1])
+            yield f"layer_norm_bwd {kind}", lambda r=rows, b=block: layer_norm_bwd(*r, *b)
+    yield "rms_norm_fwd", lambda: layer_norm_fwd(x, weight, None, 1e-5, False, None, 0.0, None)
+    yield "rms_norm_bwd", lambda: layer_norm_bwd(dy, x, weight, None, 1e-5, False, None, 0.0, None)
     octets = torch.empty(M, 1000, dtype=dtype)
+    yield "layer_norm_bwd octets", lambda: layer_norm_bwd(octets, octets, weight, bias, 1e-5, True, "relu", 0.0, None)
     yield "column_moments octets", lambda: column_moments(octets, None, None, None, 0.1)
     yield "dropout octets", lambda: dropout(octets, 0.1, seed)
     if dtype.itemsize == 2:

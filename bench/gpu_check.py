@@ -54,7 +54,17 @@ BENCHMARKS = {"nets": "mlp", "operations": "ops"}
 CASES = {"nets": NETS, "operations": OPERATIONS}
 CORRECTNESS = (
     *("functional", "modules", "model", "chain", "devices", "distributed", "block", "recompute", "fuse"),
-    *("batch_norm", "dropout", "fold", "cross_entropy", "linear_cross_entropy", "lectures", "opinfo"),
+    *(
+        "batch_norm",
+        "layer_norm",
+        "residual",
+        "dropout",
+        "fold",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "lectures",
+        "opinfo",
+    ),
 )
 TESTS = {
     "gpu": ["tests/mlp/test_gpu.py"],
@@ -69,10 +79,11 @@ XDIST = ["-p", "xdist", "--dist", "worksteal", "--max-worker-restart", "50", "-n
 # One shape for each kernel and epilogue, because a launch takes about 100 times as long under the sanitizer.
 RAGGED = [
     *("tests/kernels/test_gemm.py", "tests/kernels/test_linear.py", "tests/mlp/test_batch_norm.py"),
-    *("tests/mlp/test_dropout.py", "tests/mlp/test_block.py", "tests/mlp/test_cross_entropy.py"),
+    *("tests/mlp/test_layer_norm.py", "tests/mlp/test_residual.py", "tests/mlp/test_dropout.py"),
+    *("tests/mlp/test_block.py", "tests/mlp/test_cross_entropy.py"),
     *("tests/mlp/test_linear_cross_entropy.py", "-k"),
     "bfloat16 and (ragged or (relu and (forward or dgrad or activation)) or wgrad or values_and_gradients"
-    " or (three_way and rows and indices)) or the_chain_is_what",
+    " or (three_way and rows and indices)) or the_chain_is_what or launches_of_a_residual",
 ]
 
 

@@ -206,11 +206,11 @@ def claims(results: Path) -> str:
     first = table.iloc[0]
     note = (
         f"Measured on a {machine['device']} with torch {machine['torch']}, in a {first['run']} run. A product "
-        f"that was repeated throughout the run took {float(first['interference']):.2f} times as long at the 80% as at the "
-        "20% quantile."
+        f"that was repeated throughout the run took {float(first['interference']):.2f} times as long at the 80% as at "
+        "the 20% quantile."
     )
     columns = ["number", "claim", "verdict", "rule", "measured"]
-    return f"{note}\n\n{markdown(table[columns], right=False)}"
+    return f"{note}\n\n{markdown(table.loc[:, columns], right=False)}"
 
 
 def _roofline(folder: Path) -> Figure:

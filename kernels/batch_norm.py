@@ -1,13 +1,13 @@
-"""Batch normalisation of the columns of an (M, N) matrix, with the activation and dropout that follow it.
+"""Batch normalisation of the columns of an (M, N) matrix, with the activation, dropout and residual that follow it.
 
 Forward, for each column, with its mean and variance or with running averages:
 
     rstd = 1 / sqrt(var + eps)
     xhat = (x - mean) rstd
     u = xhat weight + bias
-    y = dropout(act(u))
+    y = dropout(act(u)) + residual
 
-Backward, where sum is the sum over the M rows:
+The gradient of the residual is dy. Backward, where sum is the sum over the M rows:
 
     du = act'(u) dropout'(dy)
     dbias = sum du
@@ -40,6 +40,7 @@ from .activation import functions_of_preact
 from .config import cdiv, pointwise_block, reduction_block, reduction_options, row_splits
 from .dropout import drop, dropout_args
 from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
+from .residual import add_residual, residual_args
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
@@ -73,6 +74,16 @@ def load_rstd(norm, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def affine(xhat, norm, col, N, BLOCK_N: tl.constexpr):
+    """xhat weight + bias of a tile. norm: a tuple with the fields weight and bias, (N,) or None."""
+    if norm.weight is not None:
+        xhat = xhat * load_columns(norm.weight, col, N, xhat.dtype, BLOCK_N)
+    if norm.bias is not None:
+        xhat = xhat + load_columns(norm.bias, col, N, xhat.dtype, BLOCK_N)
+    return xhat
+
+
+@triton.jit
 def normalize(x, norm, col, N, BLOCK_N: tl.constexpr):
     """xhat and u of a tile x [BLOCK_M, BLOCK_N]. Without a mean both are x. norm: `NormArgs`."""
     if norm.mean is None:
@@ -80,12 +91,7 @@ def normalize(x, norm, col, N, BLOCK_N: tl.constexpr):
     else:
         mean = load_columns(norm.mean, col, N, x.dtype, BLOCK_N)
         xhat = (x - mean) * load_rstd(norm, col, N, x.dtype, BLOCK_N)
-        u = xhat
-        if norm.weight is not None:
-            u = u * load_columns(norm.weight, col, N, x.dtype, BLOCK_N)
-        if norm.bias is not None:
-            u = u + load_columns(norm.bias, col, N, x.dtype, BLOCK_N)
-        return xhat, u
+        return xhat, affine(xhat, norm, col, N, BLOCK_N)
 
 
 @triton.jit
@@ -100,19 +106,20 @@ def normalized_grad(
 
 @triton.jit
 def _apply_kernel(
-    x_ptr, y_ptr, norm, dropout, M, N, stride_xm, stride_xn,
+    x_ptr, y_ptr, norm, dropout, residual, M, N, stride_xm, stride_xn,
     FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y = dropout(act(u))."""
+    """One tile of y = dropout(act(u)) + residual."""
     N, stride_xm = in_octets(N, OCTETS), in_octets(stride_xm, OCTETS)
     # 1. Load the tile of x that this program computes.
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M
     col = tl.program_id(0) % tiles_n * BLOCK_N
     x = load_tile(x_ptr, row, col, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True)
-    # 2. Normalise, apply activation and dropout, and store.
+    # 2. Normalise, apply activation and dropout, add the residual, and store.
     _, u = normalize(x.to(ACC_DTYPE), norm, col, N, BLOCK_N)
     y = drop(FNS.act(u), dropout, row, col, BLOCK_M, BLOCK_N)
+    y = add_residual(y, residual, row, col, M, N, OCTETS, BLOCK_M, BLOCK_N)
     store_tile(y_ptr, y, row, col, M, N, N, BLOCK_M, BLOCK_N, False)
 
 
@@ -214,8 +221,9 @@ def batch_norm_fwd(
     p: float,
     seed: Tensor | None,
     col_offset: int = 0,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """dropout(act(u)) in one pass.
+    """dropout(act(u)) + residual in one pass.
 
     Args:
         x: (M, N), any strides.
@@ -226,25 +234,27 @@ def batch_norm_fwd(
         p: probability of dropping an element, 0 <= p < 1.
         seed: (1,) int64, determines the mask of dropout; None: nothing is dropped.
         col_offset: column of a larger matrix at which x begins, if x is a part of it.
+        residual: (M, N), any strides, or None.
 
     Returns:
         [y], (M, N), of x's dtype.
 
     Raises:
-        TypeError: x has no memory of its own (see `launch.check_addressable`).
+        TypeError: x or residual has no memory of its own (see `launch.check_addressable`).
     """
     (y,) = outputs = _batch_norm_fwd_outputs(x)
-    launch.check_addressable(x)
+    launch.check_addressable(x, *(() if residual is None else (residual,)))
     M, N = x.shape
     norm = NormArgs(mean, var, weight, bias, eps)
+    added = residual_args(residual)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
-        x, y, norm, dropout_args(p, seed, col_offset=col_offset), M, N, *x.stride(),
-        FNS=functions_of_preact(activation), OCTETS=all_octets(N, x.stride(0)), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        x, y, norm, dropout_args(p, seed, col_offset=col_offset), added, M, N, *x.stride(),
+        FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
+        OCTETS=all_octets(N, x.stride(0), added.stride_m or 0), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-    cost.report("batch_norm_fwd", 0, (x, y, seed, mean, var, weight, bias))
+    cost.report("batch_norm_fwd", 0, (x, y, seed, mean, var, weight, bias, residual))
     return outputs
 
 

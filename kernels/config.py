@@ -120,6 +120,25 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
     return cdiv(tiles_m, splits) * block_m
 
 
+# A program holds whole rows in registers. Longer rows would spill.
+MAX_ROW = 8192
+ROW_ELEMENTS = 4096
+ROW_PROGRAMS_PER_SM = 2
+
+
+def row_block(N: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of whole rows of N columns, and its warps, of which a thread has 16 elements."""
+    block_n = max(16, 1 << (N - 1).bit_length())
+    block_m = max(1, ROW_ELEMENTS // block_n)
+    return block_m, block_n, max(8, block_n // 512)
+
+
+def rows_per_program(M: int, block_m: int, num_sms: int) -> int:
+    """Rows of each program, a multiple of block_m, when few programs go through M rows to fill the device."""
+    tiles_m = cdiv(M, block_m)
+    return cdiv(tiles_m, min(tiles_m, ROW_PROGRAMS_PER_SM * num_sms)) * block_m
+
+
 MAX_CLASSES = 4096
 # Elements of a tile with several rows. Larger tiles spill: each row has its own maximum, sums and address.
 CLASS_ELEMENTS = 2048

@@ -22,6 +22,7 @@ from .batch_norm import NormArgs
 from .config import cdiv
 from .dropout import DropoutArgs
 from .epilogue import (
+    AddArgs,
     BiasArgs,
     BiasNormArgs,
     BiasSavingArgs,
@@ -29,6 +30,7 @@ from .epilogue import (
     Epilogue,
     EpilogueKind,
     SavedArgs,
+    add_to,
     bias_act,
     bias_act_bitmask,
     bias_act_preact,
@@ -114,6 +116,9 @@ def dgrad_kind(activation: str | None) -> EpilogueKind:
     return EpilogueKind(dact_bitmask if bitmask else dact_saved, Functions(dact=entry.dact), heavy=not bitmask)
 
 
+_ADD = EpilogueKind(add_to, heavy=True)
+
+
 @functools.cache
 def _kind_of_preact(tile_fn: Any, activation: str | None) -> EpilogueKind:
     """The kind of an epilogue that computes the activation and its derivative from the preactivation."""
@@ -142,6 +147,27 @@ def linear_dgrad(dz: Tensor, w: Tensor, activation: str | None = None, saved: Te
     (dx,) = outputs = _linear_dgrad_outputs(dz, w, activation, saved)
     args = None if saved is None else SavedArgs(saved)
     gemm("linear_dgrad", dz, w, dx, Epilogue(dgrad_kind(activation), args))
+    return outputs
+
+
+def _linear_dgrad_add_outputs(dz: Tensor, w: Tensor, residual_grad: Tensor) -> list[Tensor]:
+    return [dz.new_empty(dz.shape[0], w.shape[1])]
+
+
+@launch.operator(_linear_dgrad_add_outputs)
+def linear_dgrad_add(dz: Tensor, w: Tensor, residual_grad: Tensor) -> list[Tensor]:
+    """The gradient of the input of a linear layer whose input also goes around it, as a residual.
+
+    Args:
+        dz: (M, N).
+        w: (N, K).
+        residual_grad: (M, K), contiguous, the gradient of the residual.
+
+    Returns:
+        [dz w + residual_grad], (M, K).
+    """
+    (dx,) = outputs = _linear_dgrad_add_outputs(dz, w, residual_grad)
+    gemm("linear_dgrad", dz, w, dx, Epilogue(_ADD, AddArgs(residual_grad)))
     return outputs
 
 

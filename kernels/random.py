@@ -49,10 +49,15 @@ _supply: ContextVar[list[Tensor]] = ContextVar("seeds drawn at once", default=[]
 def drawn_at_once(count: int, device: torch.device) -> Iterator[None]:
     """Draw the seeds of the next `count` calls of dropout inside the `with` block in one launch.
 
+    Inside of another such block, of which seeds are left, these are taken.
+
     Args:
         count: number of seeds.
         device: where they are drawn.
     """
+    if _supply.get():
+        yield
+        return
     token = _supply.set(list(torch.randint(2**63 - 1, (count,), device=device).split(1)))
     try:
         yield

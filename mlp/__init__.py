@@ -5,17 +5,29 @@ from .fold import fold_batch_norm
 from .fusion import fuse, fuse_report, to_torch, unfuse
 from .graphed_step import make_graphed_step
 from .model import MLP
-from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
-from .sequential import Sequential
+from .modules import (
+    BatchNorm1d,
+    CrossEntropyLoss,
+    Dropout,
+    LayerNorm,
+    Linear,
+    LinearCrossEntropyLoss,
+    LinearReLU,
+    RMSNorm,
+)
+from .sequential import Residual, Sequential
 
 __all__ = [
     "MLP",
     "BatchNorm1d",
     "CrossEntropyLoss",
     "Dropout",
+    "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
     "LinearReLU",
+    "RMSNorm",
+    "Residual",
     "Sequential",
     "fold_batch_norm",
     "functional",

@@ -1,15 +1,16 @@
-"""A chain of linear layers, each with its normalisation, activation and dropout, as one autograd node.
+"""A chain of linear layers, each with its normalisation, activation, dropout and residual, as one autograd node.
 
-Layer l turns its input M_{l-1} into M_l:
+Layer l turns its input M_{l-1} into M_l. The terms in brackets are those of a residual layer:
 
-    forward     Z_l = M_{l-1} W_l^T + b_l          M_l = dropout(act(norm(Z_l)))
+    forward     Z_l = M_{l-1} W_l^T + b_l          M_l = dropout(act(norm(Z_l))) [+ M_{l-1}]
     backward    dW_l = dZ_l^T M_{l-1}              db_l = dZ_l^T 1
-                dZ_{l-1} = (dZ_l W_l) through dropout, act and norm of layer l-1
+                dM_{l-1} = dZ_l W_l [+ dM_l]
+                dZ_{l-1} = dM_{l-1} through dropout, act and norm of layer l-1
 
-A plain layer has no normalisation and no dropout. The epilogue of its product computes M_l and stores what the
-derivative of the activation needs; the epilogue of dZ_{l+1} W_{l+1} applies the derivative. Any other layer stores Z_l
-and computes M_l in a separate pass, except in inference by running averages, where the epilogue computes M_l. Backward
-may compute M_l again.
+A plain layer has no normalisation, no dropout and no residual. The epilogue of its product computes M_l and stores what
+the derivative of the activation needs; the epilogue of dZ_{l+1} W_{l+1} applies the derivative. Any other layer stores
+Z_l and computes M_l in a separate pass, except in inference by running averages, where the epilogue computes M_l. The
+epilogue of dZ_l W_l adds dM_l. Backward may compute M_l again, unless that takes M_{l-1}.
 """
 # pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportReturnType=false
 # (kernels are called only where launch.explain has found Triton; which values are None depends on the layer)
@@ -23,7 +24,8 @@ from torch import Tensor
 from ..kernels import launch
 from .autograd import Function
 from .batch_norm import Tail, count_cumulative_batch, norm_act_dropout_by_torch
-from .layer import Layer, Params
+from .layer import Layer, Norm, Params, RowNorm
+from .layer_norm import RowTail, row_norm_act_dropout_by_torch
 from .second_order import differentiable_grads
 
 if launch.HAS_TRITON:
@@ -36,10 +38,12 @@ if launch.HAS_TRITON:
     )
     from ..kernels.dropout import dropout_args
     from ..kernels.gemm import Unreduced, reduce_splits
+    from ..kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
     from ..kernels.linear import (
         activation_bwd,
         aligned_input,
         linear_dgrad,
+        linear_dgrad_add,
         linear_dgrad_dropout,
         linear_fwd,
         linear_fwd_norm,
@@ -79,7 +83,7 @@ class Kept(NamedTuple):
         postact: the output.
         preact: the tensor from which the derivative is computed: what the activation saves if the layer is plain,
             else Z.
-        mean, var: mean and variance that normalise the columns of Z.
+        mean, var: mean and variance that normalise the columns of Z, if batch norm does.
         seed: seed of the dropout.
     """
 
@@ -99,17 +103,17 @@ def _forward_plain(input: Tensor, layer: Layer, save: bool) -> Kept:
 def _forward_block(input: Tensor, layer: Layer, seed: Tensor | None, save: bool) -> Kept:
     norm = layer.norm
     mean = var = None
-    if norm is not None and not norm.batch_stats:
+    if isinstance(norm, Norm) and not norm.batch_stats:
         mean, var = norm.running_mean, norm.running_var
-        if not save and seed is None:
+        if not save and seed is None and not layer.residual:
             args = NormArgs(mean, var, norm.weight, norm.bias, norm.eps)
             return Kept(*linear_fwd_norm(input, layer.weight, layer.bias, *args, layer.activation))
     (preact,) = linear_fwd(input, layer.weight, layer.bias)
-    if norm is not None and norm.batch_stats:
+    if isinstance(norm, Norm) and norm.batch_stats:
         count_cumulative_batch(norm)
         mean, var = column_moments(preact, norm.running_mean, norm.running_var, norm.batches, norm.momentum)
     kept = Kept(None, preact, mean, var, seed)
-    return kept._replace(postact=_block_output(layer, kept))
+    return kept._replace(postact=_block_output(layer, kept, input if layer.residual else None))
 
 
 def _norm_args(layer: Layer, kept: Kept) -> "NormArgs":
@@ -118,10 +122,18 @@ def _norm_args(layer: Layer, kept: Kept) -> "NormArgs":
     return NormArgs(kept.mean, kept.var, layer.norm.weight, layer.norm.bias, layer.norm.eps)
 
 
-def _block_output(layer: Layer, kept: Kept) -> Tensor:
-    """Compute the output of a layer that is not plain from its kept tensors."""
-    norm = _norm_args(layer, kept)
-    return batch_norm_fwd(kept.preact, *norm, layer.activation, layer.p, kept.seed, layer.offset)[0]
+def _row_tail(norm: RowNorm, layer: Layer) -> RowTail:
+    return RowTail(norm.eps, norm.centre, layer.activation, layer.p)
+
+
+def _block_output(layer: Layer, kept: Kept, residual: Tensor | None = None) -> Tensor:
+    """Compute the output of a layer that is not plain from its kept tensors and its residual."""
+    norm = layer.norm
+    if isinstance(norm, RowNorm):
+        tail = _row_tail(norm, layer)
+        return layer_norm_fwd(kept.preact, norm.weight, norm.bias, *tail, kept.seed, residual)[0]
+    args = _norm_args(layer, kept)
+    return batch_norm_fwd(kept.preact, *args, layer.activation, layer.p, kept.seed, layer.offset, residual)[0]
 
 
 def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
@@ -138,42 +150,55 @@ def _forward(input: Tensor, layers: Sequence[Layer], save: bool) -> list[Kept]:
 
 
 class Grads(NamedTuple):
-    """The gradients of a layer's Z and of the parameters of its normalisation."""
+    """The gradients of a layer's Z, of the parameters of its normalisation, and of its residual, if it has one."""
 
     dz: Tensor
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    residual: Tensor | None = None
 
 
-def _backward_top(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
-    """Compute the gradients of the last layer from the gradient of the chain's output."""
+def _backward_layer(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
+    """Compute the gradients of a layer from the gradient of its output."""
     if layer.plain:
         return Grads(grad if layer.activation is None else activation_bwd(grad, layer.activation, kept.preact)[0])
-    return _through_block(layer, kept, grad)
+    found = _through_block(layer, kept, grad)
+    return found._replace(residual=grad.contiguous()) if layer.residual else found
 
 
-def _backward_below(dz: Tensor, weight: Tensor, below: Layer, kept: Kept) -> Grads:
-    """Compute the gradients of the layer `below` from dz and weight of the layer that follows it."""
+def _backward_below(found: Grads, layer: Layer, below: Layer, kept: Kept) -> Grads:
+    """Compute the gradients of the layer `below` from those found of the layer that follows it."""
+    if layer.residual or below.residual or below.norm is not None:
+        return _backward_layer(below, kept, _input_grad(found, layer))
     if below.plain:
-        return Grads(*linear_dgrad(dz, weight, below.activation, kept.preact))
-    if below.norm is None:
-        dropout = dropout_args(below.p, kept.seed, col_offset=below.offset)
-        return Grads(linear_dgrad_dropout(dz, weight, kept.preact, dropout, below.activation))
-    return _through_block(below, kept, *linear_dgrad(dz, weight))
+        return Grads(*linear_dgrad(found.dz, layer.weight, below.activation, kept.preact))
+    dropout = dropout_args(below.p, kept.seed, col_offset=below.offset)
+    return Grads(linear_dgrad_dropout(found.dz, layer.weight, kept.preact, dropout, below.activation))
+
+
+def _input_grad(found: Grads, layer: Layer) -> Tensor:
+    """Compute the gradient of a layer's input."""
+    if found.residual is None:
+        return linear_dgrad(found.dz, layer.weight)[0]
+    return linear_dgrad_add(found.dz, layer.weight, found.residual)[0]
 
 
 def _through_block(layer: Layer, kept: Kept, grad: Tensor) -> Grads:
-    """Compute the gradients of a layer that is not plain from the gradient of its output."""
-    norm, args = layer.norm, _norm_args(layer, kept)
-    block = layer.activation, layer.p, kept.seed, layer.offset
-    sums = dweight = dbias = None
-    if norm is not None:
-        sums, *found = batch_norm_bwd_sums(grad, kept.preact, *args, *block)
+    """Compute the gradients of a layer that is not plain, except its residual's, from the gradient of its output."""
+    norm = layer.norm
+    params = iter(())
+    if isinstance(norm, RowNorm):
+        tail = _row_tail(norm, layer)
+        dz, *found = layer_norm_bwd(grad, kept.preact, norm.weight, norm.bias, *tail, kept.seed)
         params = iter(found)
-        dweight = next(params) if norm.weight is not None else None
-        dbias = next(params) if norm.bias is not None else None
-    batch_sums = sums if norm is not None and norm.batch_stats else None
-    (dz,) = batch_norm_bwd(grad, kept.preact, *args, batch_sums, *block)
+    else:
+        args, block = _norm_args(layer, kept), (layer.activation, layer.p, kept.seed, layer.offset)
+        sums = None
+        if norm is not None:
+            sums, *found = batch_norm_bwd_sums(grad, kept.preact, *args, *block)
+            params = iter(found)
+        (dz,) = batch_norm_bwd(grad, kept.preact, *args, sums if layer.batch_stats else None, *block)
+    dweight, dbias = (None if t is None else next(params) for t in layer.params()[2:])
     return Grads(dz, dweight, dbias)
 
 
@@ -255,7 +280,7 @@ class _Backward(NamedTuple):
         lowest = 0 if input_needs else next(number for number, need in enumerate(self.needs) if any(need))
         grads = [Params() for _ in self.layers]
         unreduced: list[Unreduced] = []
-        found = _backward_top(self.layers[-1], self.kept[-1], grad_output)
+        found = _backward_layer(self.layers[-1], self.kept[-1], grad_output)
         input_grad = finish = None
         for number in range(len(self.layers) - 1, lowest - 1, -1):
             if number:
@@ -264,12 +289,12 @@ class _Backward(NamedTuple):
                 x = self._entered() if self.needs[0].weight else None
             if number == 0 and input_needs:
                 # Compute this before the gradients of the parameters, so that the collective overlaps with them.
-                (input_grad,) = linear_dgrad(found.dz, self.layers[0].weight)
+                input_grad = _input_grad(found, self.layers[0])
                 finish = self.entrance.start(input_grad) if self.entrance else None
             grads[number] = self._parameter_grads(number, found, x, unreduced)
             if number > lowest:
                 below = number - 1
-                found = _backward_below(found.dz, self.layers[number].weight, self.layers[below], self.kept[below])
+                found = _backward_below(found, self.layers[number], self.layers[below], self.kept[below])
         reduce_splits(unreduced)
         return finish() if finish else input_grad, grads
 
@@ -294,6 +319,8 @@ class _Backward(NamedTuple):
 
 def _without_recomputable(layer: Layer, kept: Kept) -> Kept:
     """Drop the output if it can be computed again from the other kept tensors."""
+    if layer.residual:
+        return kept
     recomputable = not layer.plain or (layer.activation and ACTIVATIONS[layer.activation].saves == "preact")
     return kept._replace(postact=None) if recomputable else kept
 
@@ -306,10 +333,16 @@ def _chain_by_torch(input: Tensor, layers: Sequence[Layer], params: Sequence[Par
     """The chain by differentiable operations, with the same dropout masks. Running averages are not updated."""
     for layer, (weight, bias, norm_weight, norm_bias), each in zip(layers, params, kept, strict=True):
         preact = torch.nn.functional.linear(input, weight, bias)
-        norm = NormArgs(each.mean, each.var, norm_weight, norm_bias) if layer.norm else NormArgs()
-        batch_stats, eps = (layer.norm.batch_stats, layer.norm.eps) if layer.norm else (False, 0.0)
-        tail = Tail(eps, layer.activation, layer.p, layer.offset, batch_stats)
-        input = norm_act_dropout_by_torch(preact, norm, each.seed, tail)
+        if isinstance(layer.norm, RowNorm):
+            row_tail = _row_tail(layer.norm, layer)
+            output = row_norm_act_dropout_by_torch(preact, norm_weight, norm_bias, each.seed, row_tail)
+        else:
+            norm = NormArgs(each.mean, each.var, norm_weight, norm_bias) if layer.norm else NormArgs()
+            tail = Tail(
+                layer.norm.eps if layer.norm else 0.0, layer.activation, layer.p, layer.offset, layer.batch_stats
+            )
+            output = norm_act_dropout_by_torch(preact, norm, each.seed, tail)
+        input = input + output if layer.residual else output
     return input
 
 

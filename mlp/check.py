@@ -7,7 +7,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
-from .layer import Layer, Norm
+from .layer import Layer, Norm, RowNorm
 from .loss_options import LossOptions
 from .reference import ACTIVATIONS
 
@@ -118,7 +118,11 @@ def check_layers(input: Tensor, layers: Sequence[Layer], scale: int = 1) -> None
                 raise TypeError(f"{name}: dtype {parameter.dtype}; must be input's, {input.dtype} ({hint})")
             check_device(name, parameter, input)
         features = weight.shape[0]
-        if layer.norm is not None:
+        if layer.residual and weight.shape[0] != weight.shape[1]:
+            raise ValueError(f"weight: shape {tuple(weight.shape)}; a residual layer has as many outputs as inputs")
+        if isinstance(layer.norm, RowNorm):
+            check_row_norm_parameters(layer.norm, (features,), input)
+        elif layer.norm is not None:
             check_norm_parameters(layer.norm, features, input.shape[0] * scale, input)
 
 
@@ -166,17 +170,52 @@ def check_norm_parameters(norm: Norm, channels: int, values: int, like: Tensor) 
         raise ValueError("input: expected more than 1 value per channel when training")
     if norm.batch_stats and norm.momentum is None and norm.batches is None and norm.running_mean is not None:
         raise TypeError("momentum: None; must be a number if batches are not counted")
-    allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
     for name in ("weight", "bias", "running_mean", "running_var"):
-        given = getattr(norm, name)
-        if given is None:
-            continue
-        check_is_tensor(name, given)
-        if given.shape != (channels,):
-            raise ValueError(f"{name}: shape {tuple(given.shape)}; expected (C,) = ({channels},)")
-        if given.dtype not in allowed:
-            raise TypeError(f"{name}: dtype {given.dtype}; allowed are {', '.join(sorted(map(str, allowed)))}")
-        check_device(name, given, like)
+        _check_affine(name, getattr(norm, name), "(C,)", (channels,), like)
+
+
+def _check_affine(name: str, given: Any, meaning: str, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise an error unless a parameter or running average is None or fits an input: see `check_norm_parameters`."""
+    if given is None:
+        return
+    allowed = {like.dtype, torch.float32} if like.dtype.itemsize == 2 else {like.dtype}
+    check_is_tensor(name, given)
+    if given.shape != shape:
+        raise ValueError(f"{name}: shape {tuple(given.shape)}; expected {meaning} = {shape}")
+    if given.dtype not in allowed:
+        raise TypeError(f"{name}: dtype {given.dtype}; allowed are {', '.join(sorted(map(str, allowed)))}")
+    check_device(name, given, like)
+
+
+def check_row_norm_parameters(norm: RowNorm, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise an error unless the parameters of the norm have this shape; dtypes and devices as `check_norm_parameters`.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device.
+    """
+    _check_affine("weight", norm.weight, "normalized_shape", shape, like)
+    _check_affine("bias", norm.bias, "normalized_shape", shape, like)
+
+
+def check_normalized_shape(input: Any, shape: tuple[int, ...], norm: RowNorm) -> None:
+    """Raise an error for an input whose last dimensions cannot be normalised.
+
+    Args:
+        input: (*, *shape), of a floating dtype.
+        shape: of a row, at least one dimension.
+        norm: see `check_row_norm_parameters`.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device.
+    """
+    check_is_tensor("input", input)
+    check_dtype(input)
+    last = tuple(input.size(dim) for dim in range(-min(len(shape), input.dim()), 0))
+    if not shape or last != shape:
+        raise ValueError(f"normalized_shape: {shape}; must be the last dimensions of the input, which are {last}")
+    check_row_norm_parameters(norm, shape, input)
 
 
 def check_loss(input: Any, target: Any, weight: Any, options: LossOptions) -> None:

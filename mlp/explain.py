@@ -15,7 +15,7 @@ from ..kernels.cost_model import Gemm, cublas_us, launch_of_pass_us
 from ..kernels.gpu import Gpu
 from ..kernels.launch import Choice
 from .layer import Layer
-from .sequential import layer_at
+from .sequential import Residual, layer_at
 from .table import as_text
 
 if launch.HAS_TRITON:
@@ -104,7 +104,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Layer, Layer | None]]:
         children = list(module.children()) if isinstance(module, nn.Sequential) else []
         for position, child in enumerate(children):
             if (layer := layer_at(children, position, 2)[0]) is not None:
-                found.setdefault(child, layer)
+                found.setdefault(child[0] if isinstance(child, Residual) else child, layer)
         if isinstance(module, nn.Linear):
             found.setdefault(module, Layer(module.weight, module.bias))
     below = None
@@ -129,7 +129,7 @@ def _explain_layer(name: str, layer: Layer, rows: int, below: Layer | None, on: 
             yield _explained(name, work, plan.path, reason, plan.product, plan.us + plan.copies_us, on)
     if not layer.plain:
         moved = rows * N * dtype.itemsize
-        passes = (3, 5) if layer.norm is not None and layer.norm.batch_stats else (2, 3)
+        passes = (3 + layer.residual, 5) if layer.batch_stats else (2 + layer.residual, 3)
         for work, count in zip(("block forward", "block backward"), passes, strict=True):
             us = launch_of_pass_us(count * moved, on)
             yield Explained(name, work, f"passes over {count} activations", "bound by memory", "memory", us)
@@ -144,7 +144,8 @@ def _plan(work: str, layer: Layer, below: Layer | None, rows: int, on: Gpu) -> "
     if work == "forward":
         return forward
     if work == "input gradient":
-        return plan_gemm(dz, w, x, dgrad_kind(_activation(below)), False, tf32, on)
+        activation = None if layer.residual else _activation(below)
+        return plan_gemm(dz, w, x, dgrad_kind(activation), False, tf32, on)
     x = x.padded() if forward.align_a else x  # the same copy
     return plan_gemm(dz.t(), x, w, dgrad_kind(None), layer.bias is not None, tf32, on)
 

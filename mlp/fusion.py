@@ -1,21 +1,34 @@
 """fuse: the layers of any module become those of fusemlp. unfuse and to_torch go back."""
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.fx import Graph, GraphModule
 
 from .block import FusedBlock, block_class, calls_in_order
 from .check import FLOATING
 from .model import MLP
-from .modules import BatchNorm1d, CrossEntropyLoss, Dropout, Linear, LinearCrossEntropyLoss, LinearReLU
-from .sequential import Sequential, is_plain, layer_at
+from .modules import (
+    BatchNorm1d,
+    CrossEntropyLoss,
+    Dropout,
+    LayerNorm,
+    Linear,
+    LinearCrossEntropyLoss,
+    LinearReLU,
+    RMSNorm,
+)
+from .sequential import Residual, Sequential, is_plain, layer_at
 from .table import as_text
 
 NAMESAKES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     nn.BatchNorm1d: BatchNorm1d,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
     nn.Dropout: Dropout,
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.Sequential: Sequential,
@@ -29,12 +42,12 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 def fuse(module: AnyModule, *, inplace: bool = False) -> AnyModule:
     """Have fusemlp compute the linear layers, batch norms, dropouts, activations and cross-entropies of a module.
 
-    Every Linear, BatchNorm1d, Dropout, CrossEntropyLoss and LinearCrossEntropyLoss of torch.nn, and every Sequential
-    with a linear layer, gets the class of its namesake in fusemlp. A Linear, and the BatchNorm1d, activation and
-    Dropout that follow it in a Sequential, then run as one layer, and layers that follow one another as one autograd
-    node. The same holds for a module whose forward calls its children, and activations of torch.nn.functional, one
-    after the other. To find that out, torch.fx traces its forward in training and in evaluation mode. What an
-    attribute changes in its forward later is not seen.
+    Every Linear, BatchNorm1d, LayerNorm, RMSNorm, Dropout, CrossEntropyLoss and LinearCrossEntropyLoss of torch.nn, and
+    every Sequential with a linear layer, gets the class of its namesake in fusemlp. A Linear, and the normalisation,
+    activation and Dropout that follow it in a Sequential, then run as one layer, and layers that follow one another as
+    one autograd node. The same holds for a module whose forward calls its children, and activations of
+    torch.nn.functional, one after the other. To find that out, torch.fx traces its forward in training and in
+    evaluation mode. What an attribute changes in its forward later is not seen.
 
     Parameters and buffers stay the same objects, so that optimizers keep their meaning. Names, state_dict keys, hooks
     and modes stay as well. The masks of dropout come from other random numbers.
@@ -60,7 +73,8 @@ def fuse(module: AnyModule, *, inplace: bool = False) -> AnyModule:
 def unfuse(module: nn.Module, *, inplace: bool = False) -> Any:
     """Undo `fuse`. What was made of fusemlp's modules becomes modules of torch.nn as well.
 
-    A `LinearReLU` has no namesake. It becomes a Sequential of a Linear and a ReLU, whose state_dict keys differ.
+    Two classes have no namesake. A `LinearReLU` becomes a Sequential of a Linear and a ReLU, whose state_dict keys
+    differ. A `Residual` becomes a torch.fx.GraphModule with the same children.
 
     Args:
         module: any module.
@@ -70,12 +84,11 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> Any:
         The module without fusemlp's classes. Those of `fusemlp.parallel` stay.
     """
     plain = module if inplace else _sharing_copy(module, {})
-    for each in list(plain.modules()):
+    for each in reversed(list(plain.modules())):
         for name, child in each.named_children():
-            if type(child) is LinearReLU:
-                each._modules[name] = _without_fusion(child)
+            each._modules[name] = _without_fusion(child)
         _become(each, each.base if isinstance(each, FusedBlock) else TORCHS.get(type(each), type(each)))
-    return _without_fusion(plain) if type(plain) is LinearReLU else plain
+    return _without_fusion(plain)
 
 
 def to_torch(module: nn.Module) -> Any:
@@ -145,7 +158,7 @@ class _Decision(NamedTuple):
 def _decisions(root: nn.Module) -> Iterator[_Decision]:
     for name, module in root.named_modules():
         kind = type(module)
-        if kind in TORCHS or isinstance(module, FusedBlock) or kind is LinearReLU:
+        if kind in TORCHS or isinstance(module, FusedBlock) or kind in (LinearReLU, Residual):
             continue
         has_linear = any(isinstance(child, nn.Linear) for child in module.children())
         if kind is nn.Sequential:
@@ -154,7 +167,7 @@ def _decisions(root: nn.Module) -> Iterator[_Decision]:
         elif kind in NAMESAKES:
             reason = _obstacle(module)
             yield _Decision(name, module, None if reason else NAMESAKES[kind], reason)
-        elif isinstance(module, (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.CrossEntropyLoss)):
+        elif isinstance(module, (nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.CrossEntropyLoss)):
             yield _Decision(name, module, None, f"its class is not that of torch.nn: {kind.__module__}.{kind.__name__}")
         elif has_linear:
             calls = calls_in_order(module)
@@ -182,7 +195,7 @@ def _layers_of(container: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module
     position = 0
     while position < len(modules):
         layer, count = layer_at(modules, position, 2)
-        if layer is not None:
+        if layer is not None and not layer.residual:
             yield modules[position], modules[position + 1 : position + count]
         position += count
 
@@ -195,9 +208,21 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
 
 
-def _without_fusion(layer: LinearReLU) -> nn.Sequential:
-    _become(layer, nn.Linear)
-    return nn.Sequential(layer, nn.ReLU())
+def _without_fusion(module: nn.Module) -> nn.Module:
+    """What a module without a namesake becomes; other modules stay."""
+    if type(module) is LinearReLU:
+        _become(module, nn.Linear)
+        return nn.Sequential(module, nn.ReLU())
+    return _as_graph(module) if type(module) is Residual else module
+
+
+def _as_graph(residual: Residual) -> GraphModule:
+    graph = Graph()
+    input = output = graph.placeholder("input")
+    for name in residual._modules:
+        output = graph.call_module(name, (output,))
+    graph.output(graph.call_function(operator.add, (input, output)))
+    return GraphModule(residual, graph)
 
 
 def _sharing_copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:

@@ -1,4 +1,4 @@
-"""Description of a layer: a linear layer, and the normalisation, activation and dropout of its output."""
+"""Description of a layer: a linear layer, and the normalisation, activation, dropout and residual of its output."""
 
 from typing import Any, NamedTuple
 
@@ -43,6 +43,21 @@ class Norm(NamedTuple):
         return self.running_mean, self.running_var, self.weight, self.bias, self.batches
 
 
+class RowNorm(NamedTuple):
+    """Layer normalisation or RMS normalisation of the rows of an input (M, N).
+
+    Attributes:
+        weight, bias: (N,) or None.
+        eps: added to the mean square.
+        centre: whether the mean of a row is subtracted first, as layer normalisation does.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    centre: bool = True
+
+
 class Params(NamedTuple):
     """The parameters of a layer, or one value for each parameter, such as its gradient."""
 
@@ -53,7 +68,7 @@ class Params(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer, and the normalisation, activation and dropout that are applied to its output in this order.
+    """A linear layer, and the normalisation, activation, dropout and residual that follow its product in this order.
 
     Attributes:
         weight: (out_features, in_features).
@@ -62,14 +77,16 @@ class Layer(NamedTuple):
         norm: the normalisation, or None.
         p: probability of dropping an element, below 1.
         columns: the columns of the whole output that this layer computes; None if it computes all of them.
+        residual: whether the layer's input is added to its output.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     activation: str | None = None
-    norm: Norm | None = None
+    norm: Norm | RowNorm | None = None
     p: float = 0.0
     columns: Columns | None = None
+    residual: bool = False
 
     @property
     def offset(self) -> int:
@@ -79,7 +96,17 @@ class Layer(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether at most an activation follows the product."""
-        return self.norm is None and not self.p
+        return self.norm is None and not self.p and not self.residual
+
+    @property
+    def batch_norm(self) -> Norm | None:
+        """The normalisation, if it is batch norm."""
+        return self.norm if isinstance(self.norm, Norm) else None
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether the statistics of the batch normalise the layer's columns."""
+        return self.batch_norm is not None and self.batch_norm.batch_stats
 
     def params(self) -> Params:
         """The parameters of the linear layer and the normalisation."""

@@ -13,7 +13,8 @@ from .autograd import Function
 from .batch_norm import norm_act_dropout, norm_act_dropout_rows
 from .chain import Entrance, run_chain
 from .check import check_layer_tensors, check_layers
-from .layer import Layer
+from .layer import Layer, RowNorm
+from .layer_norm import row_norm_act_dropout
 from .reference import Activation
 from .second_order import differentiable_grads
 from .tracing import overridable
@@ -22,11 +23,11 @@ from .tracing import overridable
 def linear_chain(
     input: Tensor, layers: Sequence[Layer], recompute: bool = False, entrance: Entrance | None = None
 ) -> Tensor:
-    """Apply linear layers, each with its normalisation, activation and dropout, as one autograd node.
+    """Apply linear layers, each with its normalisation, activation, dropout and residual, as one autograd node.
 
     Args:
         input: (*, in_features) of the first layer, float32, float16, bfloat16 or float64; (N, in_features) if a layer
-            normalises.
+            normalises columns.
         layers: the layers in order. Weights are (out_features, in_features) and biases (out_features,) or None, all of
             input's dtype and device. Under torch.autocast, input, weights and biases are cast.
         recompute: whether to keep fewer tensors for backward and compute them again there.
@@ -55,7 +56,7 @@ def linear_chain(
         return _chain_by_torch(input, layers, entrance)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     # Under torch.compile, operators must not change their arguments, but the chain's kernels update running averages.
-    if torch.compiler.is_compiling() and any(layer.norm and layer.norm.batch_stats for layer in layers):
+    if torch.compiler.is_compiling() and any(layer.batch_stats for layer in layers):
         output = _pass_by_pass(entrance(rows) if entrance else rows, layers)
     else:
         output = run_chain(rows, layers, recompute, entrance)
@@ -65,11 +66,14 @@ def linear_chain(
 
 
 def _pass_by_pass(rows: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """The chain by the kernels, with products and the passes that follow them as separate autograd nodes."""
+    """The chain by the kernels, with batch norm and the passes around it as separate autograd nodes."""
     for layer in layers:
-        rows = run_chain(rows, [layer if layer.plain else Layer(layer.weight, layer.bias)])
-        if not layer.plain:
-            rows = norm_act_dropout_rows(rows, layer.norm, layer.activation, layer.p, layer.offset)
+        if layer.batch_stats:
+            preact = run_chain(rows, [Layer(layer.weight, layer.bias)])
+            output = norm_act_dropout_rows(preact, layer.batch_norm, layer.activation, layer.p, layer.offset)
+            rows = rows + output if layer.residual else output
+        else:
+            rows = run_chain(rows, [layer])
     return rows
 
 
@@ -81,11 +85,14 @@ def _chain_by_torch(input: Tensor, layers: Sequence[Layer], entrance: Entrance |
         activation = layer.activation if layer.plain else None
         if entrance:
             entered = EnteringLinearFunction.apply(input, layer.weight, layer.bias, entrance)
-            input, entrance = reference.ACTIVATIONS[activation](entered), None
+            output, entrance = reference.ACTIVATIONS[activation](entered), None
         else:
-            input = reference.linear(input, layer.weight, layer.bias, activation)
-        if not layer.plain:
-            input = norm_act_dropout(input, layer.norm, layer.activation, layer.p, layer.columns)
+            output = reference.linear(input, layer.weight, layer.bias, activation)
+        if isinstance(layer.norm, RowNorm):
+            output = row_norm_act_dropout(output, layer.norm, layer.activation, layer.p)
+        elif not layer.plain:
+            output = norm_act_dropout(output, layer.batch_norm, layer.activation, layer.p, layer.columns)
+        input = input + output if layer.residual else output
     return input
 
 

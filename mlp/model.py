@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .check import check_activation, check_bool, check_choice, check_probability, check_widths
-from .modules import BatchNorm1d, Dropout, Linear
+from .modules import BatchNorm1d, Dropout, LayerNorm, Linear, RMSNorm
 from .reference import Activation
-from .sequential import ACTIVATION_MODULES, Sequential, by_kernels
+from .sequential import ACTIVATION_MODULES, Residual, Sequential, begins_layer, by_kernels
 
 Init = Literal["auto", "he", "xavier", "orthogonal", "normal", "uniform", "identity", "zero", "torch"]
 
+NormName = Literal["layer", "rms"]
+
 SATURATING = ("sigmoid", "tanh")
+ROW_NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
 # Of "normal" and "uniform".
 SMALL = 0.01
 
@@ -62,9 +65,10 @@ def init_linear(layer: nn.Linear, init: Init, activation: str | None, bias: floa
 
 
 class MLP(Sequential):
-    """A multilayer perceptron: Linear[, BatchNorm1d], activation[, Dropout] for each hidden width, then Linear.
+    """A multilayer perceptron: Linear[, norm], activation[, Dropout] for each hidden width, then Linear.
 
-    The state_dict keys are those of an nn.Sequential of these modules. A slice of an MLP is a `Sequential`.
+    The state_dict keys are those of an nn.Sequential of these modules. A slice of an MLP is a `Sequential`. With
+    `residual`, the modules of a hidden layer with as many outputs as inputs are the children of a `Residual`.
 
     Args:
         in_features: width of the input, (*, in_features); with batch_norm, (N, in_features).
@@ -72,14 +76,16 @@ class MLP(Sequential):
         out_features: width of the output, (*, out_features).
         activation: name of the activation after every hidden layer, see `functional.linear`; or None.
         out_activation: name of the activation after the last layer, or None.
-        batch_norm: whether to normalise between the linear layer and the activation.
+        batch_norm: whether a BatchNorm1d normalises between the linear layer and the activation.
+        norm: what normalises there instead: "layer" for LayerNorm, "rms" for RMSNorm, or None.
+        residual: whether each hidden layer that keeps the width adds its input to its output.
         dropout: probability, in [0, 1], of dropping an element after the activation. With 0 there is no dropout module.
         bias: whether the linear layers have a bias.
         init: how weights are drawn; see `init_linear`.
         bias_init: initial value of the biases; init="torch" ignores it.
         checkpoint: whether to keep only one tensor of each hidden layer for backward and compute the others again. The
-            kernels keep the output of the linear layer, so that its product is not repeated. PyTorch keeps the input
-            of the layer.
+            kernels keep the output of the linear layer, so that its product is not repeated; of a residual layer they
+            keep the layer's output as well. PyTorch keeps the input of the layer.
         device, dtype: device and dtype of parameters and buffers.
 
     Raises:
@@ -96,6 +102,8 @@ class MLP(Sequential):
         activation: Activation | None = "relu",
         out_activation: Activation | None = None,
         batch_norm: bool = False,
+        norm: NormName | None = None,
+        residual: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
         init: Init = "auto",
@@ -108,6 +116,10 @@ class MLP(Sequential):
         check_activation(activation)
         check_activation(out_activation, "out_activation")
         check_bool("batch_norm", batch_norm)
+        check_choice("norm", norm, (None, *ROW_NORMS))
+        if batch_norm and norm is not None:
+            raise ValueError(f"norm: {norm!r}; must be None with batch_norm=True")
+        check_bool("residual", residual)
         check_probability("dropout", dropout)
         check_choice("init", init, get_args(Init))
 
@@ -118,14 +130,16 @@ class MLP(Sequential):
         self.activation: Activation | None = activation
         # Modules that are made on the meta device draw no weights. Those are drawn once, by reset_parameters.
         *fans_in, last = in_features, *hidden_features
+        normalization = BatchNorm1d if batch_norm else ROW_NORMS[norm] if norm else None
         for fan_in, fan_out in zip(fans_in, hidden_features, strict=True):
-            self.append(Linear(fan_in, fan_out, bias, "meta", dtype))
-            if batch_norm:
-                self.append(BatchNorm1d(fan_out, device="meta", dtype=dtype))
+            layer: list[nn.Module] = [Linear(fan_in, fan_out, bias, "meta", dtype)]
+            if normalization:
+                layer.append(normalization(fan_out, device="meta", dtype=dtype))
             if activation is not None:
-                self.append(ACTIVATION_MODULES[activation]())
+                layer.append(ACTIVATION_MODULES[activation]())
             if dropout:
-                self.append(Dropout(dropout))
+                layer.append(Dropout(dropout))
+            self.extend([Residual(*layer)] if residual and fan_in == fan_out else layer)
         self.append(Linear(last, out_features, bias, "meta", dtype))
         if out_activation is not None:
             self.append(ACTIVATION_MODULES[out_activation]())
@@ -133,11 +147,11 @@ class MLP(Sequential):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all layers, one after the other, and reset batch norm."""
-        for layer in self:
+        """Draw the weights of all layers, one after the other, and reset their normalisation."""
+        for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 self.init_layer(layer)
-            elif isinstance(layer, BatchNorm1d):
+            elif isinstance(layer, BatchNorm1d | LayerNorm | RMSNorm):
                 layer.reset_parameters()
 
     def init_layer(self, layer: nn.Linear) -> None:
@@ -150,7 +164,7 @@ class MLP(Sequential):
         if by_kernels(input, *(parameter for module in modules for parameter in module.parameters())):
             return super().run_on_one_device(modules, input, recompute=True)
         for block in _hidden_blocks(modules):
-            if len(block) == 1:
+            if len(block) == 1 and isinstance(block[0], nn.Linear):
                 input = self.run(block, input)
             else:
                 # torch.compile does not support context_fn, and its recomputation does not change modules.
@@ -161,10 +175,10 @@ class MLP(Sequential):
 
 
 def _hidden_blocks(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
-    """The modules from each linear layer up to the next one."""
+    """The modules from each linear layer or residual up to the next one."""
     block: list[nn.Module] = []
     for module in modules:
-        if isinstance(module, nn.Linear) and block:
+        if begins_layer(module) and block:
             yield block
             block = []
         block.append(module)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import functional as F
 from .batch_norm import norm_act_dropout
-from .layer import Norm
+from .layer import Norm, RowNorm
+from .layer_norm import rms_eps
 from .tracing import leaf
 
 
@@ -73,6 +74,47 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         return norm_act_dropout(input, norm_of(self), None, 0.0)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm on the fused kernels; see `functional.layer_norm`.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: see torch.nn.LayerNorm.
+
+    Input and output are (*, *normalized_shape). weight and bias are of shape normalized_shape, or None.
+
+    Raises:
+        ValueError, TypeError: when it is called, as `functional.layer_norm` does.
+    """
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm on the fused kernels; see `functional.rms_norm`.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: see torch.nn.RMSNorm.
+
+    Input and output are (*, *normalized_shape). weight is of shape normalized_shape, or None.
+
+    Raises:
+        ValueError, TypeError: when it is called, as `functional.rms_norm` does.
+    """
+
+    @leaf
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def row_norm_of(module: torch.nn.LayerNorm | torch.nn.RMSNorm, dtype: torch.dtype) -> RowNorm:
+    """The normalisation that the module applies to an input of the dtype."""
+    if isinstance(module, torch.nn.LayerNorm):
+        return RowNorm(module.weight, module.bias, module.eps)
+    return RowNorm(module.weight, None, rms_eps(module.eps, dtype), centre=False)
 
 
 def norm_of(module: torch.nn.BatchNorm1d) -> Norm:

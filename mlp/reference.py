@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layer import Columns, Norm
+from .layer import Columns, Norm, RowNorm
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu6"]
 
@@ -56,6 +56,16 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
     )
 
 
+def normalize_rows(input: Tensor, norm: RowNorm) -> Tensor:
+    """torch.nn.functional.layer_norm or rms_norm of an input (*, N), of the input's dtype."""
+    shape = (input.size(-1),)  # a nested tensor has no shape
+    if norm.centre:
+        return F.layer_norm(input, shape, norm.weight, norm.bias, norm.eps).to(input.dtype)
+    # rms_norm warns if the dtypes differ.
+    same = input if norm.weight is None else input.to(norm.weight.dtype)
+    return F.rms_norm(same, shape, norm.weight, norm.eps).to(input.dtype)
+
+
 def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
     """Dropout with probability p.
 
@@ -72,9 +82,12 @@ def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
 
 
 def block(
-    input: Tensor, norm: Norm | None, activation: str | None, p: float = 0.0, columns: Columns | None = None
+    input: Tensor, norm: Norm | RowNorm | None, activation: str | None, p: float = 0.0, columns: Columns | None = None
 ) -> Tensor:
     """dropout(act(norm(input))), which a layer applies to the output of its product."""
-    normalized = input if norm is None else normalize(input, norm)
-    output = ACTIVATIONS[activation](normalized)
+    if isinstance(norm, RowNorm):
+        input = normalize_rows(input, norm)
+    elif norm is not None:
+        input = normalize(input, norm)
+    output = ACTIVATIONS[activation](input)
     return dropout(output, p, columns) if p else output

@@ -3,7 +3,7 @@
 # (kernels are called only where launch.explain has found Triton)
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,9 +14,10 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import launch
+from ..kernels.config import MAX_ROW
 from .layer import Layer
 from .linear import linear_chain
-from .modules import BatchNorm1d, Dropout, Linear, norm_of
+from .modules import BatchNorm1d, Dropout, LayerNorm, Linear, RMSNorm, norm_of, row_norm_of
 from .tracing import leaf
 
 if launch.HAS_TRITON:
@@ -38,10 +39,11 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 class Sequential(nn.Sequential):
     """torch.nn.Sequential that runs each linear layer and the modules after it as one fused layer.
 
-    Batch norm, an activation and dropout are fused if they follow a linear layer in this order and are modules of
-    fusemlp or activations of torch.nn. Layers that follow one another are one autograd node. Modules with hooks and
-    other modules run by themselves. State_dict keys, constructor and attributes are those of torch.nn.Sequential.
-    Layers may lie on different devices: the activations move to the device of the next linear layer.
+    A normalisation, an activation and dropout are fused if they follow a linear layer in this order and are modules of
+    fusemlp or activations of torch.nn. So is the sum of a `Residual` of such a layer. Layers that follow one another
+    are one autograd node. Modules with hooks and other modules run by themselves. State_dict keys, constructor and
+    attributes are those of torch.nn.Sequential. Layers may lie on different devices: the activations move to the
+    device of the next linear layer.
     """
 
     def __getitem__(self, idx: slice | int) -> nn.Module:
@@ -60,12 +62,12 @@ class Sequential(nn.Sequential):
         first, *others = by_device(list(self))
         output = self.run_on_one_device(first, input)
         for modules in others:
-            output = self.run_on_one_device(modules, output.to(modules[0].weight.device))
+            output = self.run_on_one_device(modules, output.to(_device_of_linear(modules[0])))
         return output
 
     def run_on_one_device(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
         """Run modules whose parameters lie on the device of the input. Subclasses may override this method."""
-        dropping = sum(isinstance(child, Dropout) and child.training and 0 < child.p < 1 for child in modules)
+        dropping = sum(isinstance(m, Dropout) and m.training and 0 < m.p < 1 for m in _without_residuals(modules))
         if dropping and by_kernels(input, product=False):
             with drawn_at_once(dropping, input.device):
                 return self.run(modules, input, recompute)
@@ -76,14 +78,55 @@ class Sequential(nn.Sequential):
         return run_fused(modules, input, recompute)
 
 
+class Residual(Sequential):
+    """Adds its input to the output of its modules: y = x + modules(x) (He et al. 2016).
+
+    State_dict keys, constructor and attributes are those of torch.nn.Sequential.
+
+    Raises:
+        ValueError: when it is called, if the output has another shape than the input.
+    """
+
+    @leaf
+    def forward(self, input: Any) -> Any:
+        output = super().forward(input)
+        if isinstance(output, Tensor) and output.shape != input.shape:
+            raise ValueError(
+                f"input: shape {tuple(input.shape)}; a residual is added to an output of its own shape, but that has "
+                f"{tuple(output.shape)}"
+            )
+        return input + output
+
+
+def begins_layer(module: nn.Module) -> bool:
+    """Whether a linear layer begins here, alone or inside of a residual."""
+    return isinstance(module, nn.Linear | Residual)
+
+
+def _without_residuals(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, with those inside of a residual in its place."""
+    for module in modules:
+        if isinstance(module, Residual):
+            yield from module
+        else:
+            yield module
+
+
+def _device_of_linear(module: nn.Module) -> torch.device | None:
+    """The device of a linear layer, or of the first one in a residual; None for other modules."""
+    if isinstance(module, Residual) and len(module):
+        module = module[0]
+    return module.weight.device if isinstance(module, nn.Linear) else None
+
+
 def by_device(modules: Sequence[nn.Module]) -> list[Sequence[Any]]:
     """Cut a sequence of modules before each linear layer that lies on another device than the one before it."""
     cuts, device = [0], None
     for position, module in enumerate(modules):
-        if isinstance(module, nn.Linear):
-            if device not in (None, module.weight.device):
+        if (its := _device_of_linear(module)) is not None:
+            if device not in (None, its):
                 cuts.append(position)
-            device = module.weight.device
+            device = its
     return [modules] if len(cuts) == 1 else [modules[a:b] for a, b in pairwise([*cuts, len(modules)])]
 
 
@@ -127,20 +170,26 @@ def run_fused(modules: Sequence[nn.Module], input: Any, recompute: bool = False)
 def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[Layer | None, int]:
     """Find the layer that begins at a position.
 
-    A layer is a linear module and, in this order, optional batch norm, activation and dropout.
+    A layer is a linear module and, in this order, optional normalisation, activation and dropout; or a `Residual` of
+    one layer.
 
     Returns:
         The layer and the number of its modules; None and 1 if no layer begins at the position.
     """
     linear = modules[position]
+    if isinstance(linear, Residual):
+        return _residual_layer(linear, dims), 1
     if not isinstance(linear, nn.Linear) or not is_plain(linear):
         return None, 1
     norm = activation = None
     p = 0.0
     end = position + 1
     following = _plain_at(modules, end)
+    if isinstance(following, LayerNorm | RMSNorm) and _normalizes_rows_of(following, linear):
+        norm, end = row_norm_of(following, linear.weight.dtype), end + 1
+        following = _plain_at(modules, end)
     # For 3-D input, BatchNorm1d normalises dimension 1, which is not the output dimension of the linear layer.
-    if isinstance(following, nn.BatchNorm1d) and dims == 2:
+    elif isinstance(following, nn.BatchNorm1d) and dims == 2:
         norm, end = norm_of(following), end + 1
         following = _plain_at(modules, end)
     if following is not None and (activation := activation_name(following)):
@@ -149,6 +198,22 @@ def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[La
     if isinstance(following, Dropout) and following.p < 1:
         p, end = following.p if following.training else 0.0, end + 1
     return Layer(linear.weight, linear.bias, activation, norm, p), end - position
+
+
+def _residual_layer(block: Residual, dims: int) -> Layer | None:
+    """The layer that all modules of a residual make up, or None."""
+    modules = list(block)
+    if not modules or not is_plain(block):
+        return None
+    layer, count = layer_at(modules, 0, dims)
+    if layer is None or layer.residual or count < len(modules) or layer.weight.shape[0] != layer.weight.shape[1]:
+        return None
+    return layer._replace(residual=True)
+
+
+def _normalizes_rows_of(norm: LayerNorm | RMSNorm, linear: nn.Linear) -> bool:
+    """Whether the kernels can apply the norm to the rows of a linear layer's output."""
+    return tuple(norm.normalized_shape) == (linear.out_features,) and linear.out_features <= MAX_ROW
 
 
 def _plain_at(modules: Sequence[nn.Module], position: int) -> nn.Module | None:
@@ -173,7 +238,7 @@ _NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
 FORWARDS = {
     kind: kind.forward
     for kind in (
-        *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, Dropout),
+        *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, LayerNorm, RMSNorm, Dropout, Residual),
         *(type(make()) for make in ACTIVATION_MODULES.values()),
     )
 }

@@ -106,7 +106,7 @@ def _follow(output: Tensor, tail: Layer) -> Tensor:
     """Apply normalisation, activation and dropout to the output of a linear layer."""
     if tail.norm is None and tail.activation is None and not tail.p:
         return output
-    return norm_act_dropout(output, tail.norm, tail.activation, tail.p, tail.columns)
+    return norm_act_dropout(output, tail.batch_norm, tail.activation, tail.p, tail.columns)
 
 
 class ParallelSequential(Sequential):

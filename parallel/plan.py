@@ -11,14 +11,18 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from ..mlp.layer import Columns
-from ..mlp.modules import BatchNorm1d, Linear, LinearReLU
-from .channels import ParallelBatchNorm1d, ParallelDropout
+from ..mlp.modules import BatchNorm1d, LayerNorm, Linear, LinearReLU, RMSNorm
+from .channels import ParallelBatchNorm1d, ParallelDropout, ReplicatedLayerNorm, ReplicatedRMSNorm
 from .collectives import Ranks
 from .linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear, check_divides
 from .sync_batch_norm import SyncBatchNorm1d
 
 ACTIVATION_OF: dict[type, str | None] = {nn.Linear: None, Linear: None, LinearReLU: "relu"}
 BATCH_NORMS = (nn.BatchNorm1d, BatchNorm1d, SyncBatchNorm1d)
+ROW_NORMS: dict[type, Any] = {
+    **dict.fromkeys((nn.LayerNorm, LayerNorm), ReplicatedLayerNorm),
+    **dict.fromkeys((nn.RMSNorm, RMSNorm), ReplicatedRMSNorm),
+}
 # Modules that work on each element independently. They can stand between a column-parallel and a row-parallel layer.
 ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
@@ -320,7 +324,7 @@ def check_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
 
     Raises:
         TypeError: If a style is given for a module that is not a linear layer, or a module other than linear layers and
-            batch norm has parameters.
+            normalisations has parameters.
         ValueError: If a dimension cannot be split, a layer would get the wrong kind of input, or modules share
             parameters.
     """
@@ -331,9 +335,9 @@ def check_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
         for _ in flow(prefix, modules, styles):
             pass
     for name, module in model.named_modules():
-        known = type(module) in (*ACTIVATION_OF, *BATCH_NORMS)
+        known = type(module) in (*ACTIVATION_OF, *BATCH_NORMS, *ROW_NORMS)
         if not known and next(module.parameters(recurse=False), None) is not None:
-            allowed = ", ".join(sorted({each.__name__ for each in (*ACTIVATION_OF, *BATCH_NORMS)}))
+            allowed = ", ".join(sorted({each.__name__ for each in (*ACTIVATION_OF, *BATCH_NORMS, *ROW_NORMS)}))
             raise TypeError(
                 f"model: module {name!r} is a {type(module).__name__} with parameters; allowed modules with parameters "
                 f"are {allowed}"
@@ -367,7 +371,7 @@ def apply_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
     """Convert a model to tensor parallelism, in place.
 
     Linear layers with a style are split. Batch norm and dropout after a column-parallel layer work on its columns. The
-    parameters of all other linear and batch norm layers become replicated DTensors.
+    parameters of all other linear and normalisation layers become replicated DTensors.
 
     Args:
         model: The model.
@@ -389,6 +393,9 @@ def apply_plan(model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, LinearSt
             become(module, ReplicatedLinear, mesh)
         elif type(module) in BATCH_NORMS:
             _normalise(module, mesh, whole=True)
+        elif type(module) in ROW_NORMS:
+            module.__class__ = ROW_NORMS[type(module)]
+            module.shard(mesh)  # pyright: ignore[reportCallIssue]
 
 
 def _follow(model: nn.Module, at: Flow, mesh: DeviceMesh) -> None:

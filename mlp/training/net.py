@@ -62,6 +62,8 @@ def make_model(options: Options, targets: Targets, preprocessing: Preprocessing)
         head_of(options, targets).outputs,
         activation=options.activation,
         batch_norm=options.batch_norm,
+        norm=options.norm,
+        residual=options.residual,
         dropout=options.dropout,
         init=options.init,
         bias_init=options.bias_init,

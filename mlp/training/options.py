@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..model import Init
+from ..model import Init, NormName
 from ..reference import Activation
 from .data import Source, Task
 from .errors import InputError
@@ -36,6 +36,8 @@ class Options:
     hidden: list[int]
     activation: Activation
     batch_norm: bool
+    norm: NormName | None
+    residual: bool
     dropout: float
     init: Init
     bias_init: float
@@ -133,6 +135,8 @@ def _check(options: Options) -> None:
         raise InputError("argument --target: required with --csv")
     if options.csv is None and options.target is not None:
         raise InputError(f"argument --target: {options.target!r} given without --csv; allowed only with --csv")
+    if options.batch_norm and options.norm is not None:
+        raise InputError(f"argument --norm: {options.norm} does not fit --batch-norm; leave one of them out")
     if options.batch_norm and options.batch_size < 3:
         raise InputError(
             f"argument --batch-size: {options.batch_size}; --batch-norm needs at least 3, so that no batch has only "

@@ -11,7 +11,7 @@ from argparse import (
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
-from ..model import Init
+from ..model import Init, NormName
 from ..reference import ACTIVATIONS
 from .data import DATASETS, Task
 from .errors import InputError
@@ -122,6 +122,12 @@ def _add_model_options(model: _ArgumentGroup) -> None:
         help="activation of the hidden layers (relu)",
     )
     model.add_argument("--batch-norm", action="store_true", help="batch norm before every activation")
+    model.add_argument(
+        "--norm", choices=get_args(NormName), help="layer or RMS normalisation before every activation (none)"
+    )
+    model.add_argument(
+        "--residual", action="store_true", help="add its input to the output of each hidden layer that keeps the width"
+    )
     model.add_argument(
         "--dropout", type=probability, metavar="P", default=0.2, help="dropout probability after every activation (0.2)"
     )

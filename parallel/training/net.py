@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ...mlp.model import MLP
+from ...mlp.sequential import begins_layer
 from ...mlp.training.errors import InputError
 from ..linear import RowParallelLinear
 from ..mlp import parallelize
@@ -98,7 +99,7 @@ def stage_bounds(model: nn.Module, stages: int) -> list[int]:
     Raises:
         InputError: If there are more stages than linear layers.
     """
-    starts = [i for i, layer in enumerate(model.children()) if isinstance(layer, nn.Linear)]
+    starts = [i for i, layer in enumerate(model.children()) if begins_layer(layer)]
     if len(starts) < stages:
         raise InputError(
             f"argument --pp: {stages} stages; at most {len(starts)} are allowed, one for each linear layer"
@@ -120,7 +121,7 @@ def blocks_of(stage: MLP) -> Iterator[MLP]:
     names: list[str] = []
     for name, layer in stage.named_children():
         ends_a_pair = isinstance(layer, RowParallelLinear) and layer.input_is_parallel
-        if isinstance(layer, nn.Linear) and not ends_a_pair and names:
+        if begins_layer(layer) and not ends_a_pair and names:
             yield subnet(stage, names)
             names = []
         names.append(name)

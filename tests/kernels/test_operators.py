@@ -23,6 +23,7 @@ NETS = {
     "MLP": (lambda: MLP(6, [8, 8], 3, batch_norm=True, dropout=0.5), ()),
     "tanh": (lambda: MLP(6, [8], 3, activation="tanh", out_activation="tanh"), ()),
     "running averages": (lambda: MLP(6, [8], 3, batch_norm=True).eval().requires_grad_(False), ()),
+    "layer norm": (lambda: MLP(6, [8, 8], 3, norm="layer", residual=True), ()),
     "batch norm": (lambda: BatchNorm1d(6), ()),
     "dropout": (lambda: Dropout(0.5), ()),
     "loss": (CrossEntropyLoss, (TARGET,)),

@@ -317,6 +317,7 @@ def test_the_report(hand):
 
 REPORT = """\
 name        module       result  reason
+before      LayerNorm    fused   alone
 mlp         Mlp          fused   its children run as fused layers
 mlp.fc2     Linear       fused   one layer with Dropout
 mlp.fc1     Linear       fused   one layer with GELU, Dropout

@@ -65,6 +65,13 @@ def test_the_curve_of_a_run_does_not_depend_on_the_ranks(name, world, backend):
     assert all(torch.equal(first, each) for each in others)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_residual_layers_and_normalised_rows(norm, backend):
+    options = {"norm": norm, "residual": True, "dropout": 0.3}
+    on_ranks(2, run_curve, options, (16, 16) if backend == "triton" else (16, 16, 16, 8), backend)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", NETS)
