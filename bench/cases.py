@@ -1,6 +1,7 @@
 """The benchmark cases: layers, blocks, losses and whole nets."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -22,12 +23,14 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class BlockCase:
-    """Batch norm, ReLU and dropout, or dropout alone if `batch_norm` is False, on activations (rows, features)."""
+    """An operation on activations (rows, features): by `norm` batch norm, ReLU and dropout; layer or RMS normalisation
+    alone; or dropout alone.
+    """
 
     name: str
     rows: int
     features: int
-    batch_norm: bool = True
+    norm: Literal["batch", "layer", "rms"] | None = "batch"
     dropout: float = 0.1
     dtype: torch.dtype = torch.bfloat16
 
@@ -111,7 +114,11 @@ OPERATIONS = (
     BlockCase("BN + ReLU + dropout, 1024 features", 65536, 1024),
     BlockCase("BN + ReLU, 65536 features", 64, 65536, dropout=0.0),
     BlockCase("BN + ReLU, 64 features", 65536, 64, dropout=0.0),
-    BlockCase("dropout, 1024 features", 65536, 1024, batch_norm=False),
+    BlockCase("dropout, 1024 features", 65536, 1024, norm=None),
+    BlockCase("layer norm, 64 features", 65536, 64, norm="layer", dropout=0.0),
+    BlockCase("layer norm, 1024 features", 65536, 1024, norm="layer", dropout=0.0),
+    BlockCase("layer norm, 8192 features", 8192, 8192, norm="layer", dropout=0.0),
+    BlockCase("RMS norm, 1024 features", 65536, 1024, norm="rms", dropout=0.0),
     *LOSSES,
 )
 QUICK_NETS = (
@@ -126,5 +133,6 @@ QUICK_LOSSES = (
 QUICK_OPERATIONS = (
     *QUICK_LAYERS,
     BlockCase("quick BN + ReLU + dropout", 64, 48),
+    BlockCase("quick layer norm", 64, 48, norm="layer", dropout=0.0, dtype=torch.float32),
     *QUICK_LOSSES,
 )

@@ -27,7 +27,7 @@ from ..kernels import launch
 from ..mlp import functional as F
 from .cases import BlockCase, LayerCase, LossCase, NetCase
 from .hopper import served_as_on_hopper
-from .passes import fusemlp_loss
+from .passes import PARAMETERS, fusemlp_block, fusemlp_loss
 from .recorder import NotedLaunch, Recorder
 from .traffic import count_loss, count_net
 
@@ -72,10 +72,9 @@ def _layer(case: LayerCase) -> Tensor:
 
 def _block(case: BlockCase) -> Tensor:
     x = _meta(case.rows, case.features, dtype=case.dtype)
-    if not case.batch_norm:
-        return F.dropout(x, case.dropout)
-    weight, bias = (_meta(case.features, dtype=torch.float32) for _ in range(2))
-    return F.batch_norm_act_dropout(x, None, None, weight, bias, p=case.dropout, training=True)
+    parameter = case.dtype if case.norm == "rms" else torch.float32
+    parameters = (_meta(case.features, dtype=parameter) for _ in range(PARAMETERS[case.norm]))
+    return fusemlp_block(case)(x, *parameters)
 
 
 @contextmanager

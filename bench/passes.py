@@ -21,22 +21,24 @@ from .competitors import MAX_AUTOTUNE, compiled, made
 from .roofline import Work
 
 Function = Callable[..., Tensor]
+# Of each normalisation.
+PARAMETERS = {"batch": 2, "layer": 2, "rms": 1, None: 0}
 
 
 def block_operands(case: BlockCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
     """Make normally distributed operands of a block.
 
     Returns:
-        The input (rows, features) and, with batch norm, weight and bias (features,), all of which require gradients;
-        last the gradient of the output (rows, features).
+        The input (rows, features) and, of a normalisation, weight and bias (features,), all of which require gradients;
+        last the gradient of the output (rows, features). RMS normalisation has no bias.
     """
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device)
     shape = case.rows, case.features
     inputs = [normal(shape, dtype=case.dtype)]
-    if case.batch_norm:
-        parameter = torch.float64 if case.dtype == torch.float64 else torch.float32
-        inputs += [normal(case.features, dtype=parameter) for _ in range(2)]
+    # RMS normalisation of PyTorch is fused only where input and weight have the same dtype.
+    parameter = case.dtype if case.norm == "rms" else torch.promote_types(case.dtype, torch.float32)
+    inputs += [normal(case.features, dtype=parameter) for _ in range(PARAMETERS[case.norm])]
     return *(t.requires_grad_() for t in inputs), normal(shape, dtype=case.dtype)
 
 
@@ -44,23 +46,39 @@ def block_work(case: BlockCase, which: str) -> Work:
     """The minimal work of one pass of a block.
 
     Batch norm reads the input twice in forward, the first time for its statistics. In backward it reads the input and
-    the gradient twice, the first time for sums over rows.
+    the gradient twice, the first time for sums over rows. A normalisation of rows reads everything once.
     """
     size = case.rows * case.features * case.dtype.itemsize
-    forward, backward = (Work(0, 3 * size), Work(0, 5 * size)) if case.batch_norm else (Work(0, 2 * size),) * 2
+    moved = {"batch": (3, 5), "layer": (2, 3), "rms": (2, 3), None: (2, 2)}[case.norm]
+    forward, backward = (Work(0, matrices * size) for matrices in moved)
     return {"forward": forward, "backward": backward, "both": forward + backward}[which]
 
 
-def _fusemlp_block(case: BlockCase) -> Function:
-    if not case.batch_norm:
+def fusemlp_block(case: BlockCase) -> Function:
+    """Make fusemlp's function of a block, which takes the inputs of `block_operands`."""
+    if case.norm is None:
         return lambda x: F.dropout(x, case.dropout)
+    if case.norm != "batch":
+        normalize = F.layer_norm if case.norm == "layer" else F.rms_norm
+        return lambda x, *parameters: normalize(x, (case.features,), *parameters)
     return lambda x, w, b: F.batch_norm_act_dropout(x, None, None, w, b, p=case.dropout, training=True)
 
 
 def _torch_block(case: BlockCase) -> Function:
-    if not case.batch_norm:
+    if case.norm is None:
         return lambda x: torch_F.dropout(x, case.dropout)
+    if case.norm != "batch":
+        normalize = torch_F.layer_norm if case.norm == "layer" else torch_F.rms_norm
+        return lambda x, *parameters: normalize(x, (case.features,), *parameters)
     return lambda x, w, b: torch_F.dropout(torch.relu(torch_F.batch_norm(x, None, None, w, b, True)), case.dropout)
+
+
+def _liger_block(case: BlockCase) -> Function:
+    from liger_kernel.transformers import functional as liger
+
+    if case.norm == "layer":
+        return lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
+    return lambda x, w: liger.liger_rms_norm(x, w, torch.finfo(torch.float32).eps, in_place=False)
 
 
 def loss_operands(case: LossCase, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
@@ -154,7 +172,9 @@ def _other_losses(case: LossCase, target: Tensor, which: str) -> dict[str, Funct
 def competing(case: BlockCase | LossCase, which: str, device: torch.device) -> dict[str, Function]:
     """Make the functions of all competitors that support a block or loss, by name."""
     if isinstance(case, BlockCase):
-        ours, torchs, others = _fusemlp_block(case), _torch_block(case), {}
+        ours, torchs, others = fusemlp_block(case), _torch_block(case), {}
+        if case.norm in ("layer", "rms") and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            others["Liger-Kernel"] = made(_liger_block, case)
     else:
         target = _target(case, device)
         ours, torchs, others = (

@@ -10,7 +10,6 @@ process: it computes its statistics for each part.
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from ...mlp.model import MLP
 from ...mlp.training.checkpoint import load_checkpoint, save_checkpoint
 from ...mlp.training.data import Data
 from ...mlp.training.errors import Diverged, InputError
-from ...mlp.training.net import head_of, make_model
+from ...mlp.training.net import make_model
 from ...mlp.training.options import Options, configuration
 from ...mlp.training.predict import BEST, PREDICT_ROWS
 from ...mlp.training.train import Training
@@ -101,22 +102,20 @@ class ParallelTraining(Training):
         return model
 
     @torch.no_grad()
-    def stage_ends(self, model: nn.Module) -> list[Tensor]:
+    def stage_ends(self, whole: nn.Module) -> list[Tensor]:
         """One row of the input of every pipeline stage, and of the output of the last one, on the meta device."""
-        bounds = stage_bounds(model, self.layout.stages)
-        layers: list[Any] = list(model.children())
-        widths = [layers[first].in_features for first in bounds[:-1]] + [
-            head_of(self.options, self.data.targets).outputs
-        ]
-        # A net of the same layers, as narrow as can be, shows what autocast makes of the dtypes.
-        with torch.device("meta"):
-            narrow = self._make_model(replace(self.options, hidden=[1] * len(self.options.hidden)))
-        narrow.to_empty(device=self.device)
-        ends = [self.data.train.x[:1].to(self.device)]
-        with self.autocast():
-            for first, last in pairwise(bounds):
-                ends.append(nn.Sequential(*list(narrow.eval().children())[first:last])(ends[-1]))
-        return [torch.empty(1, width, dtype=end.dtype, device="meta") for width, end in zip(widths, ends, strict=True)]
+        layers, state = list(whole.eval().named_children()), whole.state_dict()
+        x = self.data.train.x
+        # Fake tensors take no memory, and autocast changes their dtypes as it will change those of the net.
+        with FakeTensorMode(), torch.device(self.device), self.autocast():
+            tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+            ends = [torch.empty(1, *x.shape[1:], dtype=x.dtype)]
+            for first, last in pairwise(stage_bounds(whole, self.layout.stages)):
+                stage = OrderedDict(layers[first:last])
+                its = {name: t for name, t in tensors.items() if name.split(".")[0] in stage}
+                ends.append(functional_call(nn.Sequential(stage), its, (ends[-1],)))
+        whole.train()
+        return [torch.empty(end.shape, dtype=end.dtype, device="meta") for end in ends]
 
     def steps(self) -> Iterator[Tensor]:
         """As `Training.steps`, if the tensor-parallel ranks still draw the same numbers.

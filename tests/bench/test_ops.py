@@ -149,7 +149,8 @@ def test_what_is_beside_the_layers_is_measured_too(case, competitors, tmp_path):
 # Elements of (64, 48) in float32; (64, 32) and (48, 32).
 WORK = {
     "normalised": (BlockCase("", 64, 48, dtype=torch.float32), "both", Work(0, 4 * 8 * 64 * 48)),
-    "dropout": (BlockCase("", 64, 48, batch_norm=False, dtype=torch.float32), "both", Work(0, 4 * 4 * 64 * 48)),
+    "layer norm": (BlockCase("", 64, 48, norm="layer", dtype=torch.float32), "both", Work(0, 4 * 5 * 64 * 48)),
+    "dropout": (BlockCase("", 64, 48, norm=None, dtype=torch.float32), "both", Work(0, 4 * 4 * 64 * 48)),
     "loss": (LossCase("", 64, 48, dtype=torch.float32), "both", Work(0, 4 * 3 * 64 * 48)),
     "linear loss": (
         LossCase("", 64, 48, 32, dtype=torch.float32), "forward", Work(2 * 64 * 48 * 32, 4 * (64 * 32 + 48 * 32))

@@ -103,6 +103,7 @@ from fusemlp.kernels.activation import functions_of_preact
 from fusemlp.kernels.batch_norm import NormArgs
 from fusemlp.kernels.dropout import DropoutArgs
 from fusemlp.kernels.gemm import gemm
+from fusemlp.kernels.residual import residual_args
 
 calls = []
 
@@ -147,11 +148,12 @@ drops = [
     DropoutArgs(), DropoutArgs(seed, 0, 0, 0, None, 1000, 1.5),
     DropoutArgs(seed, 1, 0, 0, None, 1000, 1.5), DropoutArgs(seed, 2, 0, 9, 1, 2**31, 2.0),
 ]
+residuals = [residual_args(None), residual_args(y)]
 
 def block(norm, drop):
     launch.launch(
-        batch_norm._apply_kernel, 4, x.device, x, y, norm, drop, 64, 64, 64, 1, FNS=functions_of_preact("relu"),
-        ACC_DTYPE=tl.float32, OCTETS=True, BLOCK_M=16, BLOCK_N=64,
+        batch_norm._apply_kernel, 4, x.device, x, y, norm, drop, residuals[drop.stream == 1], 64, 64, 64, 1,
+        FNS=functions_of_preact("relu"), ACC_DTYPE=tl.float32, OCTETS=True, BLOCK_M=16, BLOCK_N=64,
     )
 
 for cached in (False, True, True):
