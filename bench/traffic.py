@@ -75,14 +75,14 @@ def product_us(name: str, args: tuple[Any, ...]) -> float:
     return cublas_us(Gemm(M, N, K, itemsize=left.dtype.itemsize), H200)
 
 
-def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Dropout as one operator, as on CUDA. On other devices PyTorch uses three operators."""
     return torch.native_dropout(input, p, training)[0]
 
 
 def launches_of_step(forward: Callable[[], Tensor], grad: Tensor) -> tuple[list[Launch], list[Launch]]:
     """Collect the launches of `forward()`, and those of the backward pass for the gradient `grad` of its result."""
-    with patch.object(torch.nn.functional, "dropout", _fused_dropout), AtenTraffic():
+    with patch.object(torch.nn.functional, "dropout", fused_dropout), AtenTraffic():
         with cost.ledger() as ahead:
             result = forward()
         with cost.ledger() as back:

@@ -14,8 +14,8 @@ COMPILING = {name: value for name, value in os.environ.items() if name != "TRITO
 # Each kind of product with its light and its heavy epilogue; `python -m fusemlp.bench codegen` has them all.
 REPRESENTATIVE = (
     "(linear_fwd|linear_dgrad) (relu|silu) [^d]|linear_dgrad tanh bf16|linear_wgrad .* split 1"
-    "|linear_dgrad silu dropout bf16 128|column_moments .*bf16|(batch_norm|layer_norm).* (silu|octets).* bf16"
-    "|rms_norm.* bf16|dropout octets bf16"
+    "|linear_dgrad silu dropout bf16 128|column_moments .*bf16|batch_norm.* silu .* bf16"
+    "|layer_norm_bwd .*silu .* bf16|dropout octets bf16"
     "|cross_entropy.* (10|1000) classes bf16|linear_.* octets .*bf16 (64x64|128x256)"
 )
 

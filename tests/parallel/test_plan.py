@@ -125,10 +125,10 @@ REFUSED = {
     "a whole input": (MLP, {"2": RowwiseParallel(uneven=True)}, ValueError, "plan: '2' expects this rank's columns"),
     "not linear": (MLP, {"1": ColwiseParallel()}, TypeError, "module '1' is a ReLU; allowed are Linear, LinearReLU"),
     "other parameters": (
-        nn.LayerNorm,
+        nn.PReLU,
         {"0": ColwiseParallel(gather_output=True)},
         TypeError,
-        "module '1' is a LayerNorm with parameters; allowed",
+        "module '1' is a PReLU with parameters; allowed",
     ),
     "tied": (
         "tied",
@@ -156,7 +156,7 @@ def refuse(case):
     kind, plan, error, message = REFUSED[case]
     model = {
         MLP: lambda: MLP(4, [9], 2),
-        nn.LayerNorm: lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)),
+        nn.PReLU: lambda: nn.Sequential(nn.Linear(4, 8), nn.PReLU(8)),
         nn.Identity: nn.Identity,
         "tied": tied,
         "twice": twice,
