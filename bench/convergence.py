@@ -14,8 +14,10 @@ batch would take a fourth of the steps. With --out the command writes a table an
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -95,31 +97,58 @@ def digits() -> Problem:
     return Problem("digits", net, rows, (x[rest], y[rest]), nn.functional.cross_entropy, 0.25, 4096)
 
 
-def steps_to_target(
-    problem: Problem, batch: int, rate: float, seed: int, most: int, device: torch.device
-) -> int | None:
-    """The number of steps after which the held-out loss is at the target; None if it takes more than `most`."""
+class Run(NamedTuple):
+    """One training run.
+
+    Attributes:
+        steps: The number of steps after which the held-out loss is at the target; None if it is not reached.
+        step_ms: Median time of a step in milliseconds, without the held-out loss.
+    """
+
+    steps: int | None
+    step_ms: float
+
+
+def train_to_target(
+    problem: Problem,
+    batch: int,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    seed: int,
+    most: int,
+    device: torch.device,
+) -> Run:
+    """Train for at most `most` steps, until the held-out loss is at the target."""
     torch.manual_seed(seed + 1)  # 0 is the teacher's
     generator = torch.Generator().manual_seed(seed + 1)
     net = problem.net().to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=rate)
+    optimizer = make_optimizer(net)
     x_held, y_held = (t.to(device) for t in problem.held_out)
+    times: list[float] = []
     for step in range(1, most + 1):
         x, y = (t.to(device) for t in problem.rows(batch, generator))
+        start = time.perf_counter()
         optimizer.zero_grad()
         problem.loss(net(x), y).backward()
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
         with torch.no_grad():
             if problem.loss(net(x_held), y_held).item() <= problem.target:
-                return step
-    return None
+                return Run(step, statistics.median(times))
+    return Run(None, statistics.median(times))
+
+
+def adam(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """A function that makes Adam with a learning rate for a net."""
+    return lambda net: torch.optim.Adam(net.parameters(), lr=rate)
 
 
 def measure(problem: Problem, batch: int, quick: bool, device: torch.device) -> dict[str, object]:
     """The steps at the best rate of one batch, as a row of the table."""
     best: tuple[int, float] | None = None
     for rate in QUICK_RATES if quick else RATES:
-        steps = steps_to_target(problem, batch, rate, 0, MAX_STEPS if best is None else best[0], device)
+        steps = train_to_target(problem, batch, adam(rate), 0, MAX_STEPS if best is None else best[0], device).steps
         if steps is not None and (best is None or steps < best[0]):
             best = steps, rate
     row: dict[str, object] = {"problem": problem.name, "case": f"{problem.name} @ {batch}", "batch": batch}
@@ -128,7 +157,7 @@ def measure(problem: Problem, batch: int, quick: bool, device: torch.device) -> 
     seeds = QUICK_SEEDS if quick else SEEDS
     found = [best[0]]
     for seed in range(1, seeds):
-        found.append(steps_to_target(problem, batch, best[1], seed, MAX_STEPS, device) or MAX_STEPS)
+        found.append(train_to_target(problem, batch, adam(best[1]), seed, MAX_STEPS, device).steps or MAX_STEPS)
     steps = statistics.median(found)
     return row | {
         "steps": steps,

@@ -33,17 +33,21 @@ def test_a_short_run_has_no_verdict():
     assert convergence.judge(table(10, 10).iloc[:2]).verdict == "not measurable here"
 
 
+def steps(problem, batch, rate, most):
+    return convergence.train_to_target(problem, batch, convergence.adam(rate), 0, most, CPU).steps
+
+
 def test_a_seed_decides_the_steps():
     problem = convergence.digits()
-    first, second = (convergence.steps_to_target(problem, 256, 1e-2, 0, 60, CPU) for _ in range(2))
+    first, second = (steps(problem, 256, 1e-2, most=60) for _ in range(2))
     assert first == second
     assert 1 < first < 60
-    assert convergence.steps_to_target(problem, 256, 1e-5, 0, 3, CPU) is None
+    assert steps(problem, 256, 1e-5, most=3) is None
 
 
 def test_a_student_does_not_begin_as_its_teacher():
     problem = convergence.teacher()
-    assert convergence.steps_to_target(problem, 64, 1e-9, 0, 2, CPU) is None
+    assert steps(problem, 64, 1e-9, most=2) is None
 
 
 def test_command_writes(tmp_path):
