@@ -1,6 +1,5 @@
 """What autograd keeps for backward, counted while it is kept."""
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Kept:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._hooks.__exit__(*exception)
 
     def use(self, storage: torch.UntypedStorage, change: int) -> None:
