@@ -122,21 +122,30 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
 
 # A program holds whole rows in registers. Longer rows would spill.
 MAX_ROW = 8192
-ROW_ELEMENTS = 4096
-ROW_PROGRAMS_PER_SM = 2
+ROW_ELEMENTS = 2048
+ROW_ELEMENTS_PER_THREAD = 32
 
 
-def row_block(N: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of whole rows of N columns, and its warps, of which a thread has 16 elements."""
+def row_block(N: int) -> tuple[int, int]:
+    """Rows and columns of a tile of whole rows of N columns."""
     block_n = max(16, 1 << (N - 1).bit_length())
-    block_m = max(1, ROW_ELEMENTS // block_n)
-    return block_m, block_n, max(8, block_n // 512)
+    return max(1, ROW_ELEMENTS // block_n), block_n
 
 
-def rows_per_program(M: int, block_m: int, num_sms: int) -> int:
+def row_options(block_m: int, block_n: int, itemsize: int) -> dict[str, int]:
+    """Options of a pass over whole rows: of the compiler, and the steps ahead of which it loads tiles.
+
+    Args:
+        block_m, block_n: see `row_block`.
+        itemsize: bytes of an element.
+    """
+    return {"num_warps": block_m * block_n // ROW_ELEMENTS_PER_THREAD // 32, "STAGES": 3 if itemsize == 2 else 2}
+
+
+def rows_per_program(M: int, block_m: int, programs: int) -> int:
     """Rows of each program, a multiple of block_m, when few programs go through M rows to fill the device."""
     tiles_m = cdiv(M, block_m)
-    return cdiv(tiles_m, min(tiles_m, ROW_PROGRAMS_PER_SM * num_sms)) * block_m
+    return cdiv(tiles_m, min(tiles_m, programs)) * block_m
 
 
 MAX_CLASSES = 4096

@@ -59,10 +59,10 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
 def normalize_rows(input: Tensor, norm: RowNorm) -> Tensor:
     """torch.nn.functional.layer_norm or rms_norm of an input (*, N), of the input's dtype."""
     shape = (input.size(-1),)  # a nested tensor has no shape
-    if norm.centre:
-        return F.layer_norm(input, shape, norm.weight, norm.bias, norm.eps).to(input.dtype)
-    # rms_norm warns if the dtypes differ.
+    # For a weight of another dtype, layer_norm raises an error on a GPU, and rms_norm warns.
     same = input if norm.weight is None else input.to(norm.weight.dtype)
+    if norm.centre:
+        return F.layer_norm(same, shape, norm.weight, norm.bias, norm.eps).to(input.dtype)
     return F.rms_norm(same, shape, norm.weight, norm.eps).to(input.dtype)
 
 

@@ -40,7 +40,7 @@ def test_a_net_on_a_gpu_and_the_cpu_trains_as_on_one_device(options):
     torch.manual_seed(1)
     alone = MLP(5, [16, 24], 3, **options)
     spread = copy.deepcopy(alone)
-    spread[0].cuda()
+    spread[:2].cuda()
     spread[-1].cuda()
     x = torch.randn(32, 5)
     found = spread(x.cuda())

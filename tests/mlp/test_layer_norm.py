@@ -58,9 +58,13 @@ def results(module, x, grad):
 
 def assert_three_way(module, twin, x, grad):
     truth = copy.deepcopy(twin).double()
-    # torch has no fused RMS normalisation for parameters of another dtype, and says so in a warning.
-    same = copy.deepcopy(twin).to(x.dtype) if isinstance(twin, nn.RMSNorm) else twin
-    sides = results(module, x, grad), results(same, x, grad), results(truth, x.double(), grad.double())
+    # torch normalises an input of 16 bits with parameters of 32 on a CPU only.
+    dtype = x.dtype if twin.weight is None else twin.weight.dtype
+    sides = (
+        results(module, x, grad),
+        results(twin, x.to(dtype), grad.to(dtype)),
+        results(truth, x.double(), grad.double()),
+    )
     for number, (ours, torchs, true) in enumerate(zip(*sides, strict=True)):
         assert_as_close_as_torch(ours, torchs.to(ours.dtype), true, str(number))
 
@@ -127,7 +131,8 @@ def test_second_derivatives(make, kernels):
 def test_nan_and_infinity_stay_in_their_row(make, kernels):
     module, twin, x, _ = make()
     x[3, 7], x[5, 2] = torch.nan, torch.inf
-    torch.testing.assert_close(module(x).isnan(), twin(x).isnan())
+    # On a GPU, torch's RMS normalisation of a row with an infinity is NaN, also where x / inf is 0.
+    torch.testing.assert_close(module(x).isnan().cpu(), twin.cpu()(x.cpu()).isnan())
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
@@ -145,10 +150,11 @@ def test_one_pass_each_way(make, kernels):
     assert names == ["layer_norm_fwd", "layer_norm_bwd", "batch_norm_grad_sums_merge"]
 
 
-def test_rows_that_registers_cannot_hold_are_pytorchs(make, kernels):
-    module, twin, x, _ = make((2, config.MAX_ROW + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_registers_cannot_hold_are_pytorchs(dtype, make, kernels):
+    module, twin, x, _ = make((2, config.MAX_ROW + 1), dtype=dtype)
     with cost.ledger() as ledger:
-        torch.testing.assert_close(module(x), twin(x))
+        torch.testing.assert_close(module(x), twin(x.float()).to(dtype))
     assert not ledger.launches
 
 
