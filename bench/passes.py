@@ -36,8 +36,8 @@ def block_operands(case: BlockCase, device: torch.device, seed: int = 0) -> tupl
     normal = partial(torch.randn, generator=generator, device=device)
     shape = case.rows, case.features
     inputs = [normal(shape, dtype=case.dtype)]
-    # RMS normalisation of PyTorch is fused only where input and weight have the same dtype.
-    parameter = case.dtype if case.norm == "rms" else torch.promote_types(case.dtype, torch.float32)
+    # On a GPU, PyTorch fuses the normalisation of rows only for parameters of the input's dtype.
+    parameter = torch.promote_types(case.dtype, torch.float32) if case.norm == "batch" else case.dtype
     inputs += [normal(case.features, dtype=parameter) for _ in range(PARAMETERS[case.norm])]
     return *(t.requires_grad_() for t in inputs), normal(shape, dtype=case.dtype)
 
