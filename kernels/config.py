@@ -122,30 +122,39 @@ def row_splits(M: int, N: int, num_sms: int) -> int:
 
 # A program holds whole rows in registers. Longer rows would spill.
 MAX_ROW = 8192
-ROW_ELEMENTS = 2048
-ROW_ELEMENTS_PER_THREAD = 32
+ROW_TILE_ELEMENTS = 2048
+ROW_THREAD_ELEMENTS = 32
+# Of shared memory, for the tiles that are loaded ahead.
+ROW_BYTES_AHEAD = 96 * 1024
 
 
-def row_block(N: int) -> tuple[int, int]:
-    """Rows and columns of a tile of whole rows of N columns."""
-    block_n = max(16, 1 << (N - 1).bit_length())
-    return max(1, ROW_ELEMENTS // block_n), block_n
+def row_pass(
+    M: int, N: int, loaded: int, num_sms: int, *, min_rows: int, warps_per_sm: int
+) -> tuple[int, dict[str, int]]:
+    """How programs go through the M whole rows of a matrix (M, N).
 
-
-def row_options(block_m: int, block_n: int, itemsize: int) -> dict[str, int]:
-    """Options of a pass over whole rows: of the compiler, and the steps ahead of which it loads tiles.
+    Tiles, warps and stages are the fastest of 130 choices for bfloat16 on an H200
+    (bench/results/nvidia-h200/row_passes.csv).
 
     Args:
-        block_m, block_n: see `row_block`.
-        itemsize: bytes of an element.
+        M, N: shape of the matrix.
+        loaded: bytes that are loaded for each element.
+        num_sms: number of multiprocessors.
+        min_rows: least number of rows of a tile.
+        warps_per_sm: number of warps on each multiprocessor. Programs of more than half of them are two.
+
+    Returns:
+        The rows of each program, a multiple of those of a tile; and the tile, the steps ahead of which it is loaded,
+        and the warps of a program.
     """
-    return {"num_warps": block_m * block_n // ROW_ELEMENTS_PER_THREAD // 32, "STAGES": 3 if itemsize == 2 else 2}
-
-
-def rows_per_program(M: int, block_m: int, programs: int) -> int:
-    """Rows of each program, a multiple of block_m, when few programs go through M rows to fill the device."""
+    block_n = max(16, 1 << (N - 1).bit_length())
+    block_m = max(min_rows, ROW_TILE_ELEMENTS // block_n)
+    num_warps = block_m * block_n // ROW_THREAD_ELEMENTS // 32
+    ahead = min(2, ROW_BYTES_AHEAD // (block_m * block_n * loaded))
     tiles_m = cdiv(M, block_m)
-    return cdiv(tiles_m, min(tiles_m, programs)) * block_m
+    programs = min(tiles_m, max(2, warps_per_sm // num_warps) * num_sms)
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 1 + ahead, "num_warps": num_warps}
+    return cdiv(tiles_m, programs) * block_m, options
 
 
 MAX_CLASSES = 4096

@@ -33,14 +33,11 @@ from torch import Tensor
 from . import cost, gpu, launch
 from .activation import functions_of_preact
 from .batch_norm import load_columns, merge_grad_sums
-from .config import cdiv, row_block, row_options, rows_per_program
+from .config import cdiv, row_pass
 from .dropout import drop, dropout_args
 from .moments import column_sums, divide, inverse_sqrt, store_partial
 from .residual import add_residual, residual_args
-from .tile import acc_dtype, all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
-
-FWD_PROGRAMS_PER_SM = 8
-BWD_PROGRAMS_PER_SM = 4
+from .tile import INTERPRET, acc_dtype, all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
 class RowNormArgs(NamedTuple):
@@ -57,46 +54,44 @@ class RowNormArgs(NamedTuple):
 
 
 @triton.jit
-def _row_means(x, N):
+def row_mean(x, N):
     """Means of the rows of a tile that is 0 beyond column N, [BLOCK_M, 1]."""
     return divide(tl.sum(x, axis=1), N)[:, None]
 
 
 @triton.jit
-def load_rows(
-    x_ptr, row, M, N, stride_xm, stride_xn,
-    CENTRE: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M whole rows of a matrix (M, N) from `row` on, minus their means if CENTRE; 0 outside of the matrix."""
-    x = load_tile(x_ptr, row, 0, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-    if CENTRE:
-        # Where the mean is large, the first element is near it. The differences are exact then, and their mean is small
-        # and has a small rounding error.
-        first = load_tile(x_ptr, row, 0, M, N, stride_xm, stride_xn, BLOCK_M, 1, False, True).to(ACC_DTYPE)
-        inside = (tl.arange(0, BLOCK_N) < N)[None, :]
-        x = tl.where(inside, x - first, 0.0)
-        x = tl.where(inside, x - _row_means(x, N), 0.0)
-    return x
+def _add_pairs(x, y, other_x, other_y):
+    return x + other_x, y + other_y
 
 
 @triton.jit
-def normalize_rows(x, norm, row, M, N, BLOCK_M: tl.constexpr):
-    """xhat [BLOCK_M, BLOCK_N] and rstd [BLOCK_M, 1] of x from `load_rows`, both 0 outside of the matrix.
+def two_row_means(x, y, N):
+    """`row_mean` of two tiles. The threads of a row exchange their sums once, for both."""
+    if INTERPRET:
+        x, y = tl.sum(x, axis=1), tl.sum(y, axis=1)
+    else:
+        x, y = tl.reduce((x, y), 1, _add_pairs)
+    return divide(x, N)[:, None], divide(y, N)[:, None]
 
-    norm: `RowNormArgs`.
+
+@triton.jit
+def normalize_rows(x, norm, row, M, N, CENTRE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """xhat [BLOCK_M, BLOCK_N] and rstd [BLOCK_M, 1] of whole rows x from `row` on, both 0 in rows from M on.
+
+    x must be 0 outside of the matrix (M, N). norm: `RowNormArgs`.
     """
-    rstd = inverse_sqrt(_row_means(x * x, N) + norm.eps)
+    if CENTRE:
+        # The rounding error of the mean may be large beside the deviations. It is their own mean, so subtract that too.
+        x = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], x - row_mean(x, N), 0.0)
+        rest, square = two_row_means(x, x * x, N)
+        x -= rest
+        var = square - rest * rest
+        var = tl.where(var < 0, 0.0, var)
+    else:
+        var = row_mean(x * x, N)
+    rstd = inverse_sqrt(var + norm.eps)
     rstd = tl.where((row + tl.arange(0, BLOCK_M) < M)[:, None], rstd, 0.0)
     return x * rstd, rstd
-
-
-@triton.jit
-def load_parameter(ptr, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A vector (N,) as a row [1, BLOCK_N], 0 beyond N; None if ptr is None."""
-    if ptr is None:
-        return None
-    else:
-        return load_columns(ptr, 0, N, dtype, BLOCK_N)
 
 
 @triton.jit
@@ -110,6 +105,15 @@ def apply_affine(xhat, weight, bias):
 
 
 @triton.jit
+def add_rows(total, x):
+    """total plus a tile; where total is one row, plus the sum of the tile's rows."""
+    if total.shape[0] == 1:
+        return total + tl.sum(x, axis=0)[None, :]
+    else:
+        return total + x
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, y_ptr, norm, dropout, residual, M, N, rows_per_program, stride_xm, stride_xn,
     CENTRE: tl.constexpr, FNS: tl.constexpr, ACC_DTYPE: tl.constexpr, OCTETS: tl.constexpr,
@@ -120,12 +124,12 @@ def _layer_norm_fwd_kernel(
     # 1. Find the range of rows of this program, and load what all rows need.
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, M)
-    weight = load_parameter(norm.weight, N, ACC_DTYPE, BLOCK_N)
-    bias = load_parameter(norm.bias, N, ACC_DTYPE, BLOCK_N)
+    weight = None if norm.weight is None else load_columns(norm.weight, 0, N, ACC_DTYPE, BLOCK_N)
+    bias = None if norm.bias is None else load_columns(norm.bias, 0, N, ACC_DTYPE, BLOCK_N)
     for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         # 2. Load rows, and normalise them.
-        x = load_rows(x_ptr, row, end, N, stride_xm, stride_xn, CENTRE, ACC_DTYPE, BLOCK_M, BLOCK_N)
-        xhat, _ = normalize_rows(x, norm, row, end, N, BLOCK_M)
+        x = load_tile(x_ptr, row, 0, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
+        xhat, _ = normalize_rows(x, norm, row, end, N, CENTRE, BLOCK_M, BLOCK_N)
         # 3. Apply weight, bias, activation and dropout, add the residual, and store.
         y = drop(FNS.act(apply_affine(xhat, weight, bias)), dropout, row, 0, BLOCK_M, BLOCK_N)
         y = add_residual(y, residual, row, 0, end, N, OCTETS, BLOCK_M, BLOCK_N)
@@ -145,27 +149,31 @@ def _layer_norm_bwd_kernel(
     split = tl.program_id(0)
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    weight = load_parameter(norm.weight, N, ACC_DTYPE, BLOCK_N)
-    bias = load_parameter(norm.bias, N, ACC_DTYPE, BLOCK_N)
-    du_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    du_xhat_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    weight = None if norm.weight is None else load_columns(norm.weight, 0, N, ACC_DTYPE, BLOCK_N)
+    bias = None if norm.bias is None else load_columns(norm.bias, 0, N, ACC_DTYPE, BLOCK_N)
+    # A thread has elements of all rows of a wide tile, and adds them up. So its sums take fewer registers.
+    SUM_M: tl.constexpr = 1 if BLOCK_N >= 512 else BLOCK_M
+    du_sum = tl.zeros((SUM_M, BLOCK_N), ACC_DTYPE)
+    du_xhat_sum = tl.zeros((SUM_M, BLOCK_N), ACC_DTYPE)
     for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         # 2. Load rows of dy and x, and go back through dropout and activation.
         dy = load_tile(dy_ptr, row, 0, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-        x = load_rows(x_ptr, row, end, N, stride_xm, stride_xn, CENTRE, ACC_DTYPE, BLOCK_M, BLOCK_N)
-        xhat, rstd = normalize_rows(x, norm, row, end, N, BLOCK_M)
+        x = load_tile(x_ptr, row, 0, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
+        xhat, rstd = normalize_rows(x, norm, row, end, N, CENTRE, BLOCK_M, BLOCK_N)
         u = apply_affine(xhat, weight, bias)
         g = FNS.dact_at(drop(dy, dropout, row, 0, BLOCK_M, BLOCK_N), u, FNS)
         # 3. Add to the sums of this range, each thread its own elements.
         if partial_ptr is not None:
-            du_sum += g
-            du_xhat_sum += g * xhat
+            du_sum = add_rows(du_sum, g)
+            du_xhat_sum = add_rows(du_xhat_sum, g * xhat)
         # 4. Go back through weight and normalisation, and store.
         if weight is not None:
             g = g * weight
-        dx = g - xhat * _row_means(g * xhat, N)
         if CENTRE:
-            dx = dx - _row_means(g, N)
+            g_mean, g_xhat_mean = two_row_means(g, g * xhat, N)
+            dx = g - g_mean - xhat * g_xhat_mean
+        else:
+            dx = g - xhat * row_mean(g * xhat, N)
         store_tile(dx_ptr, dx * rstd, row, 0, end, N, N, BLOCK_M, BLOCK_N, False)
     # 5. Store the two sums of each column.
     if partial_ptr is not None:
@@ -210,14 +218,13 @@ def layer_norm_fwd(
     launch.check_addressable(x, *(() if residual is None else (residual,)))
     M, N = x.shape
     added = residual_args(residual)
-    block_m, block_n = row_block(N)
-    rows = rows_per_program(M, block_m, FWD_PROGRAMS_PER_SM * gpu.of(x.device).sms)
+    loaded = (1 if residual is None else 2) * x.element_size()
+    rows, options = row_pass(M, N, loaded, gpu.of(x.device).sms, min_rows=2, warps_per_sm=32)
     launch.launch(
         _layer_norm_fwd_kernel, cdiv(M, rows), x.device,
         x, y, RowNormArgs(weight, bias, eps), dropout_args(p, seed), added, M, N, rows, *x.stride(),
         CENTRE=centre, FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        OCTETS=all_octets(N, x.stride(0), added.stride_m or 0), BLOCK_M=block_m, BLOCK_N=block_n,
-        **row_options(block_m, block_n, x.element_size()),
+        OCTETS=all_octets(N, x.stride(0), added.stride_m or 0), **options,
     )  # fmt: skip
     cost.report("layer_norm_fwd", 0, (x, y, seed, weight, bias, residual))
     return outputs
@@ -255,8 +262,7 @@ def layer_norm_bwd(
     launch.check_addressable(dy, x)
     dx = x.new_empty(x.shape)
     M, N = x.shape
-    block_m, block_n = row_block(N)
-    rows = rows_per_program(M, block_m, BWD_PROGRAMS_PER_SM * gpu.of(x.device).sms)
+    rows, options = row_pass(M, N, 2 * x.element_size(), gpu.of(x.device).sms, min_rows=1, warps_per_sm=8)
     splits = cdiv(M, rows)
     summed = weight is not None or bias is not None
     partial = x.new_empty(2, splits, N, dtype=acc_dtype(x.dtype)) if summed else None
@@ -265,8 +271,7 @@ def layer_norm_bwd(
         dy, x, dx, partial, RowNormArgs(weight, bias, eps), dropout_args(p, seed), M, N, splits, rows,
         *dy.stride(), *x.stride(),
         CENTRE=centre, FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
-        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
-        **row_options(block_m, block_n, x.element_size()),
+        OCTETS=all_octets(N, dy.stride(0), x.stride(0)), **options,
     )  # fmt: skip
     cost.report("layer_norm_bwd", 0, (dy, x, dx, seed, weight, bias, partial))
     if partial is None:

@@ -28,7 +28,8 @@ def process_group(tmp_path, device):
 
 @pytest.fixture
 def x(device):
-    return torch.randn(7, IN, device=device)
+    # Not few rows: of 7, columns of a small variance multiply rounding errors, ours and those of PyTorch.
+    return torch.randn(33, IN, device=device)
 
 
 @pytest.fixture

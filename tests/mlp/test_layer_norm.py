@@ -95,6 +95,12 @@ def test_large_mean_and_small_deviation_stay_accurate(make, kernels):
     assert_three_way(module, twin, 1e4 + 1e-2 * (x - 2) / 3, grad)
 
 
+def test_the_rounding_error_of_a_large_mean_does_not_reach_the_result(kernels, device):
+    x = 1e4 + torch.rand(20, 50, device=device)
+    truth = nn.functional.layer_norm(x.double(), (50,))
+    torch.testing.assert_close(F.layer_norm(x, (50,)).double(), truth, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("sms", [1, 2, 40])
 def test_ranges_of_rows_give_the_same_gradients(sms, make, kernels, monkeypatch):
     monkeypatch.setattr(gpu, "of", lambda _: gpu.INTERPRETER.scaled(sms))
