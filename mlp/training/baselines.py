@@ -46,7 +46,8 @@ def predict_baselines(data: Data, split: Split) -> dict[str, np.ndarray]:
         By name, probabilities (rows, classes), or predictions (rows, targets) in the targets' own units.
     """
     rows = np.random.default_rng(0).permutation(len(data.train))[:MAX_ROWS]
-    x, y = data.train.x.numpy()[rows], data.train.y.numpy()[rows]
+    targets = data.train.classes if data.task == "classification" else data.train.y
+    x, y = data.train.x.numpy()[rows], targets.numpy()[rows]
     found = {}
     for name, model in models(data).items():
         with warnings.catch_warnings():

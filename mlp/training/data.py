@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 from sklearn import datasets
-from sklearn.preprocessing import LabelEncoder, StandardScaler
 from torch import Tensor
 
 from .columns import is_numeric, useless
@@ -23,8 +22,17 @@ from .errors import InputError
 from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
 from .reading import read_table
 from .splitting import Rows, count_duplicates, fold_rows, parse_split, split_rows
-
-Task = Literal["classification", "regression"]
+from .targets import (
+    Targets,
+    Task,
+    check_numbers,
+    counted,
+    encode_classes,
+    encode_probabilities,
+    infer_task,
+    most_likely,
+    standardise,
+)
 
 DATASETS: dict[str, Callable[..., Any]] = {
     "digits": datasets.load_digits,
@@ -34,9 +42,6 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "diabetes": datasets.load_diabetes,
     "linnerud": datasets.load_linnerud,
 }
-MAX_CLASSES_INFERRED = 20
-MIN_ROWS_PER_CLASS = 5
-MIN_ROWS_REGRESSION = 10
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Source:
 
     dataset: str = "digits"
     csv: str | None = None
-    target: str | None = None
+    target: Sequence[str] = ()
     task: Task | Literal["auto"] = "auto"
     sep: str | None = None
     encoding: str | None = None
@@ -71,46 +76,23 @@ class Split:
 
     Attributes:
         x: Inputs, float32 (rows, in_features).
-        y: Targets. Classification: int64 class indices (rows,). Regression: standardised float32 (rows, targets).
+        y: Targets. Classification: int64 class indices (rows,), or float32 probabilities (rows, classes). Regression:
+            standardised float32 (rows, targets).
     """
 
     x: Tensor
     y: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """Classification: the class indices (rows,); of probabilities, those of the most likely classes."""
+        return most_likely(self.y)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def to(self, device: torch.device) -> "Split":
         return Split(self.x.to(device), self.y.to(device))
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the net predicts.
-
-    Attributes:
-        task: "classification" or "regression".
-        columns: Names of the target columns.
-        labels: Names of the classes or of the target columns, one for each output of the network, in order.
-        mean, scale: Of regression targets, which are standardised: one for each column. Empty for classification.
-    """
-
-    task: Task
-    columns: list[str]
-    labels: list[str]
-    mean: list[float] = field(default_factory=list)
-    scale: list[float] = field(default_factory=list)
-
-    def in_own_units(self, y: Tensor) -> np.ndarray:
-        """Convert standardised regression targets to their original units.
-
-        Args:
-            y: Targets or predictions on the CPU, (rows, targets).
-
-        Returns:
-            float64 (rows, targets).
-        """
-        return y.double().numpy() * np.array(self.scale) + np.array(self.mean)
 
 
 @dataclass(frozen=True)
@@ -192,12 +174,12 @@ def load_data(source: Source, fold: int = 0) -> Data:
 
     of = None if by is None else frame[by]
     if task == "classification":
-        described, y = _encode_classes(targets)
-        rows = _rows_of(source, kind, of, y.numpy(), len(frame), fold)
+        described, y = (encode_classes if targets.shape[1] == 1 else encode_probabilities)(targets)
+        rows = _rows_of(source, kind, of, most_likely(y).numpy(), len(frame), fold)
     else:
-        _check_regression(targets)
+        check_numbers(targets)
         rows = _rows_of(source, kind, of, None, len(frame), fold)
-        described, y = _standardise(targets, rows.train)
+        described, y = standardise(targets, rows.train)
 
     features, notes = _choose(frame.drop(columns=target_columns), targets, source, by)
     preprocessing = fit_preprocessing(
@@ -205,7 +187,7 @@ def load_data(source: Source, fold: int = 0) -> Data:
     )
     x = preprocessing.transform(features)
     if duplicates := count_duplicates(features, rows):
-        notes.append(f"{_rows(duplicates)} of the validation and test splits have the inputs of a training row")
+        notes.append(f"{counted(duplicates)} of the validation and test splits have the inputs of a training row")
     return Data(
         name=source.name,
         train=Split(x[rows.train], y[rows.train]),
@@ -217,24 +199,6 @@ def load_data(source: Source, fold: int = 0) -> Data:
         notes=notes,
         test_rows=frame.iloc[rows.test].reset_index(drop=True),
     )
-
-
-def _encode_classes(targets: DataFrame) -> tuple[Targets, Tensor]:
-    """The classes, and their indices."""
-    encoder = LabelEncoder().fit(targets.iloc[:, 0])
-    y = np.asarray(encoder.transform(targets.iloc[:, 0]))
-    labels = [str(label) for label in encoder.classes_]
-    _check_classes(y, labels)
-    return Targets("classification", list(targets), labels), torch.from_numpy(y).long()
-
-
-def _standardise(targets: DataFrame, train: np.ndarray) -> tuple[Targets, Tensor]:
-    """Targets with mean 0 and standard deviation 1 on the training rows."""
-    y = targets.to_numpy(float)
-    scaler = StandardScaler().fit(y[train])
-    columns = list(targets)
-    described = Targets("regression", columns, columns, scaler.mean_.tolist(), scaler.scale_.tolist())
-    return described, torch.from_numpy(scaler.transform(y)).float()
 
 
 def _rows_of(source: Source, kind: str, of: Any, stratify: np.ndarray | None, rows: int, fold: int) -> Rows:
@@ -267,25 +231,6 @@ def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | N
     return features, notes
 
 
-def infer_task(targets: DataFrame) -> Task:
-    """Guess the task from the target columns.
-
-    Args:
-        targets: One column for each target, without missing values.
-
-    Returns:
-        "classification" for a single column that is not numeric or holds at most MAX_CLASSES_INFERRED (20) distinct
-        whole numbers; otherwise "regression".
-    """
-    if targets.shape[1] > 1:
-        return "regression"
-    column = targets.iloc[:, 0]
-    if not is_numeric(column):
-        return "classification"
-    whole = bool((column == column.round()).all())
-    return "classification" if whole and column.nunique() <= MAX_CLASSES_INFERRED else "regression"
-
-
 def _read(source: Source) -> tuple[DataFrame, list[str]]:
     """The table, and the names of its target columns."""
     if source.csv is None:
@@ -295,46 +240,23 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
             targets = targets.map(dict(enumerate(bunch.target_names)).get)
         return pd.concat([bunch.data, targets], axis=1), [str(name) for name in targets.columns]
     frame = read_table(source.csv, source.sep, source.encoding, source.decimal)
-    path, target = source.csv, str(source.target)
-    if target not in frame.columns:
-        raise InputError(f"argument --target: {path} has no column {target!r}; it has {_listed(frame.columns)}")
+    path, targets = source.csv, list(source.target)
+    for target in targets:
+        if targets.count(target) > 1:
+            raise InputError(f"argument --target: column {target!r} is given {targets.count(target)} times")
+        if target not in frame.columns:
+            raise InputError(f"argument --target: {path} has no column {target!r}; it has {_listed(frame.columns)}")
     if frame.empty:
         raise InputError(f"argument --csv: {path} has a header but no rows")
-    if frame[target].isna().all():
-        raise InputError(f"argument --target: column {target!r} of {path} has no values")
+    for target in targets:
+        if frame[target].isna().all():
+            raise InputError(f"argument --target: column {target!r} of {path} has no values")
     for column in frame.columns:
         if is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
             raise InputError(
                 f"argument --csv: column {column!r} of {path} contains infinity or a number too large for float32"
             )
-    return frame, [target]
-
-
-def _check_classes(y: np.ndarray, labels: list[str]) -> None:
-    if len(labels) < 2:
-        raise InputError(f"argument --target: every row has class {labels[0]!r}; at least 2 classes are needed")
-    counts = np.bincount(y)
-    rarest = int(counts.argmin())
-    if counts[rarest] < MIN_ROWS_PER_CLASS:
-        raise InputError(
-            f"argument --target: class {labels[rarest]!r} has {_rows(counts[rarest])}; a stratified 60/20/20 split "
-            f"needs at least {MIN_ROWS_PER_CLASS} rows of each class"
-        )
-
-
-def _check_regression(targets: DataFrame) -> None:
-    for name, column in targets.items():
-        if not is_numeric(column):
-            raise InputError(f"argument --task: regression needs numbers, but column {name!r} holds {column.iloc[0]!r}")
-    if len(targets) < MIN_ROWS_REGRESSION:
-        raise InputError(
-            f"argument --csv: only {_rows(len(targets))} with a target; a 60/20/20 split needs at least "
-            f"{MIN_ROWS_REGRESSION}"
-        )
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"
+    return frame, targets
 
 
 def _listed(columns: pd.Index) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Targets
 from .errors import InputError
+from .targets import Targets
 
 MEDIAN = 0.5
 

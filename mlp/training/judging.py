@@ -100,10 +100,10 @@ def judge_classification(output: Tensor, val_output: Tensor, data: Data, positiv
         Plain data: "classes", "intervals", "calibration" with the temperature, and, for two classes, "threshold". The
         temperature and the threshold are those of the validation split.
     """
-    true, val_true = data.test.y.numpy(), data.val.y.numpy()
+    true, val_true = data.test.classes.numpy(), data.val.classes.numpy()
     probabilities = output.double().softmax(1).numpy()
     predicted = probabilities.argmax(1)
-    temperature = fit_temperature(val_output, data.val.y)
+    temperature = fit_temperature(val_output, data.val.classes)
     found: dict[str, Any] = {
         "classes": describe_classes(true, predicted, data.labels),
         "intervals": {"accuracy": interval_of_accuracy(int((predicted == true).sum()), len(true))},

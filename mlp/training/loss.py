@@ -69,7 +69,7 @@ def make_loss(
 
     weight = None
     if class_weights == "balanced":
-        balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.y.numpy())
+        balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.classes.numpy())
         weight = torch.from_numpy(balanced).float().to(device)
     if head.loss == "bce":
         return _bce(label_smoothing, weight)

@@ -5,25 +5,25 @@ from sklearn import metrics
 from torch import Tensor
 
 from .calibration import describe_calibration
-from .data import Data
+from .data import Data, Split
 
 CALIBRATION = "expected calibration error", "expected calibration error, equal mass", "average calibration error"
 
 
-def evaluate(output: Tensor, data: Data, target: Tensor) -> dict[str, float]:
+def evaluate(output: Tensor, data: Data, split: Split) -> dict[str, float]:
     """Compute the metrics of the network's output on one split.
 
     Args:
         output: Output of the network on the CPU, floating point (rows, outputs): logits or standardised predictions.
         data: The data set that the split belongs to.
-        target: `y` of the split, on the CPU.
+        split: The split, on the CPU.
 
     Returns:
         The value of each metric, by name. Regression metrics are in the original units of the targets.
     """
     if data.task == "regression":
-        return regression_metrics(data.in_own_units(output), data.in_own_units(target))
-    return classification_metrics(output.double().softmax(1), target)
+        return regression_metrics(data.in_own_units(output), data.in_own_units(split.y))
+    return classification_metrics(output.double().softmax(1), split.classes)
 
 
 def classification_metrics(probabilities: Tensor, target: Tensor) -> dict[str, float]:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MLP
-from .data import Targets
 from .errors import InputError
 from .head import Head, make_head
 from .loss import LOSSES
 from .options import Options
 from .preprocessing import Preprocessing
+from .targets import Targets
 
 
 def embedding_width(categories: int) -> int:

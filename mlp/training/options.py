@@ -9,10 +9,11 @@ import torch
 
 from ..model import Init, NormName
 from ..reference import Activation
-from .data import Source, Task
+from .data import Source
 from .errors import InputError
 from .parser import make_parser
 from .preprocessing import Many, Scaling
+from .targets import Task
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Options:
 
     dataset: str
     csv: str | None
-    target: str | None
+    target: list[str]
     task: Task | Literal["auto"]
     sep: str | None
     encoding: str | None
@@ -131,10 +132,11 @@ def saved_options(saved: dict[str, Any]) -> Options:
 
 
 def _check(options: Options) -> None:
-    if options.csv is not None and options.target is None:
+    if options.csv is not None and not options.target:
         raise InputError("argument --target: required with --csv")
-    if options.csv is None and options.target is not None:
-        raise InputError(f"argument --target: {options.target!r} given without --csv; allowed only with --csv")
+    if options.csv is None and options.target:
+        given = ", ".join(map(repr, options.target))
+        raise InputError(f"argument --target: {given} given without --csv; allowed only with --csv")
     if options.batch_norm and options.norm is not None:
         raise InputError(f"argument --norm: {options.norm} does not fit --batch-norm; leave one of them out")
     if options.batch_norm and options.batch_size < 3:

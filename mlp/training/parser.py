@@ -13,11 +13,12 @@ from typing import Any, NoReturn, get_args
 
 from ..model import Init, NormName
 from ..reference import ACTIVATIONS
-from .data import DATASETS, Task
+from .data import DATASETS
 from .errors import InputError
 from .loss import LOSSES
 from .optim import OPTIMIZERS, SCHEDULES
 from .preprocessing import Many, Scaling
+from .targets import Task
 
 PROG = "fusemlp-train"
 
@@ -67,7 +68,14 @@ def _add_data_options(data: _ArgumentGroup) -> None:
     source = data.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=DATASETS, default="digits", help="data set of scikit-learn (digits)")
     source.add_argument("--csv", metavar="FILE", help="CSV file with a header line, or .parquet, instead of --dataset")
-    data.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
+    data.add_argument(
+        "--target",
+        nargs="+",
+        metavar="COLUMN",
+        default=[],
+        help="the column of --csv to predict; several are numbers or, with --task classification, the probabilities of "
+        "classes",
+    )
     data.add_argument(
         "--task",
         choices=["auto", *get_args(Task)],

@@ -53,7 +53,7 @@ def _figures(
         yield "predicted_vs_true", prediction_errors(true, predicted, data, "actual_vs_predicted")
         yield "residuals", prediction_errors(true, predicted, data, "residual_vs_predicted")
         return
-    true, probabilities = data.test.y.numpy(), output.double().softmax(1).numpy()
+    true, probabilities = data.test.classes.numpy(), output.double().softmax(1).numpy()
     yield "roc", roc_curves(true, probabilities, data, positive)
     yield "precision_recall", precision_recall_curves(true, probabilities, data, positive)
     yield "calibration", calibration_curve(true, probabilities, data)

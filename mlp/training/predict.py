@@ -12,12 +12,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .checkpoint import atomic_write, load_checkpoint
-from .data import Targets
 from .errors import InputError
 from .head import Head
 from .net import head_of, make_model
 from .options import saved_options
 from .preprocessing import Preprocessing
+from .targets import Targets
 
 BEST, KEPT, METRICS = "best.pt", "preprocessing.json", "metrics.json"
 PREDICT_ROWS = 8192
@@ -109,7 +109,8 @@ class Run:
             probabilities = (output.double() / temperature).softmax(1)
             columns = [f"p({label})" for label in targets.labels]
             found = DataFrame(probabilities.numpy(), columns=columns)
-            found.insert(0, targets.columns[0], [targets.labels[i] for i in probabilities.argmax(1).tolist()])
+            name = targets.columns[0] if len(targets.columns) == 1 else "class"
+            found.insert(0, name, [targets.labels[i] for i in probabilities.argmax(1).tolist()])
         found.insert(0, "row", range(1, len(found) + 1))
         return found
 

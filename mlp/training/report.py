@@ -116,7 +116,7 @@ def write_report(training: Training) -> Report:
     best_epoch = load_best(folder, training.model)
     raw, val_raw = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
     output, val_output = training.head.decode(raw), training.head.decode(val_raw)
-    test = evaluate(output, data, data.test.y)
+    test = evaluate(output, data, data.test)
     judged = judge(output, val_output, data, options.positive)
     if training.head.loss == "pinball":
         judged["quantiles"] = judge_quantiles(raw, training.head, data)
@@ -126,7 +126,7 @@ def write_report(training: Training) -> Report:
         {
             "task": data.task,
             "test": test,
-            "validation": evaluate(val_output, data, data.val.y),
+            "validation": evaluate(val_output, data, data.val),
             "baselines": baselines,
             **judged,
             "best_epoch": best_epoch,
@@ -153,7 +153,7 @@ def compare_baselines(data: Data) -> dict[str, dict[str, float]]:
         if data.task == "regression":
             found[name] = regression_metrics(predicted, data.in_own_units(data.test.y))
         else:
-            found[name] = classification_metrics(torch.from_numpy(predicted), data.test.y)
+            found[name] = classification_metrics(torch.from_numpy(predicted), data.test.classes)
     return found
 
 

@@ -209,7 +209,7 @@ class Training:
         """
         self.model.train()
         if self.options.sampling == "balanced":
-            order = balanced_order(self.train.y, self.row_order)
+            order = balanced_order(self.train.classes, self.row_order)
         else:
             order = torch.randperm(len(self.train), generator=self.row_order)
         order = order.to(self.device)
@@ -297,7 +297,7 @@ class Training:
         output = self.predict(self.val.x)
         loss = self.loss.mean(output, self.val.y).item()
         decoded = self.head.decode(output).cpu()
-        metrics = evaluate(decoded, self.data, self.data.val.y) if math.isfinite(loss) else {}
+        metrics = evaluate(decoded, self.data, self.data.val) if math.isfinite(loss) else {}
         return loss, metrics
 
     def predict(self, x: Tensor) -> Tensor:

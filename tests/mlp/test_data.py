@@ -8,8 +8,9 @@ from fusemlp.mlp.training.data import DATASETS, Source, load_data
 from fusemlp.mlp.training.errors import InputError
 
 
-def load(csv=None, target=None, task="auto", dataset="iris", seed=0, **options):
-    return load_data(Source(dataset, None if csv is None else str(csv), target, task, seed=seed, **options))
+def load(csv=None, target=(), task="auto", dataset="iris", seed=0, **options):
+    columns = [target] if isinstance(target, str) else target
+    return load_data(Source(dataset, None if csv is None else str(csv), columns, task, seed=seed, **options))
 
 
 def people(rows=60):
@@ -102,6 +103,26 @@ def test_regression_targets_come_back_in_their_own_units():
     assert abs(data.train.y.mean().item()) < 1e-5
 
 
+def test_several_columns_of_numbers_are_a_regression(tmp_path):
+    data = load(write(people().assign(height=range(60)), tmp_path), ["age", "height"])
+    assert (data.task, data.labels, tuple(data.test.y.shape)) == ("regression", ["age", "height"], (12, 2))
+
+
+def opinions(**changed):
+    """A table of people with probabilities of three classes, which do not quite sum to 1."""
+    likely = np.arange(60) % 3
+    probabilities = np.where(likely[:, None] == np.arange(3), 0.599, 0.2)
+    return people().assign(**dict(zip("xyz", probabilities.T, strict=True))).assign(**changed)
+
+
+def test_several_columns_of_a_classification_are_probabilities(tmp_path):
+    data = load(write(opinions(), tmp_path), ["x", "y", "z"], "classification")
+    assert data.labels == ["x", "y", "z"]
+    torch.testing.assert_close(data.train.y.sum(1), torch.ones(36))
+    assert data.train.y.max().item() == pytest.approx(0.599 / 0.999)
+    assert torch.bincount(data.test.classes).tolist() == [4, 4, 4]
+
+
 def test_a_seed_decides_the_split():
     assert torch.equal(load(seed=3).train.x, load(seed=3).train.x)
     assert not torch.equal(load(seed=3).train.x, load(seed=4).train.x)
@@ -121,6 +142,9 @@ BAD_TABLES = [
     pytest.param(people()[["left"]], "left", "auto", "--csv: .*no column other than the target", id="no-features"),
     pytest.param(people()[:0], "left", "auto", "--csv: .*a header but no rows", id="no-rows"),
     pytest.param(people(), "town", "regression", "--task: regression needs numbers.*'town'", id="names-regression"),
+    pytest.param(people(), ["age", "age"], "auto", "--target: column 'age' is given 2 times", id="twice"),
+    pytest.param(opinions(x=0.9), list("xyz"), "classification", "sum 1, but a row has 0.9, 0.2, 0.2", id="sum"),
+    pytest.param(opinions(x="a"), list("xyz"), "classification", "probabilities.*column 'x' holds 'a'", id="text"),
     pytest.param(people(8), "age", "regression", "--csv: only 8 rows with a target; .* at least 10", id="few-rows"),
 ]
 

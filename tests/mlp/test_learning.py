@@ -8,11 +8,13 @@ import pytest
 import torch
 from fusemlp.mlp.training.augmentation import add_noise, balanced_order, mix
 from fusemlp.mlp.training.command import main
-from fusemlp.mlp.training.data import Source, Targets, load_data
+from fusemlp.mlp.training.data import Source, load_data
 from fusemlp.mlp.training.head import make_head
 from fusemlp.mlp.training.loss import make_loss
 from fusemlp.mlp.training.lr_finder import RangeTest
 from fusemlp.mlp.training.predict import load_run
+from fusemlp.mlp.training.targets import Targets
+from sklearn.datasets import load_wine
 from torch.nn import functional as F
 
 SMALL = "--no-verify --no-baselines --threads 1 --hidden 16 --epochs 12".split()  # noqa: SIM905
@@ -106,6 +108,22 @@ AUGMENTED = {
 def test_a_run_learns(options, tmp_path):
     found = run(tmp_path, *options, "--lr", "0.02", "--epochs", "30", "--dropout", "0")["test"]
     assert found.get("accuracy", 0) > 0.8 or found.get("R2", 0) > 0.2
+
+
+def test_soft_labels_are_learned_and_predicted(tmp_path):
+    wine = load_wine(as_frame=True)
+    soft = pd.DataFrame(0.8 * np.eye(3)[wine.target] + 0.2 / 3, columns=["barolo", "grignolino", "barbera"])
+    pd.concat([wine.data, soft], axis=1).to_csv(tmp_path / "wine.csv", index=False)
+    found = run(
+        tmp_path / "run",
+        *("--csv", str(tmp_path / "wine.csv"), "--target", *soft, "--task", "classification", "--lr", "0.02"),
+        *("--epochs", "40", "--mixup", "0.2", "--class-weights", "balanced", "--sampling", "balanced"),
+    )
+    assert found["test"]["accuracy"] > 0.9
+    predicted = load_run(tmp_path / "run").predict(wine.data)
+    assert list(predicted) == ["row", "class", *(f"p({name})" for name in soft)]
+    # The net learns the probabilities, not only which one is the largest.
+    assert predicted.filter(like="p(").max(axis=1).median() == pytest.approx(0.8 + 0.2 / 3, abs=0.07)
 
 
 def test_a_mixed_run_resumes_to_the_same_history(tmp_path):

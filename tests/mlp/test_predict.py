@@ -59,7 +59,7 @@ def test_predicting_the_held_out_rows_gives_the_metrics_of_the_run(target, optio
     folder = train(tmp_path, target, *options)
     data = load_data(load_source(folder))
     output = load_run(folder).outputs(data.test_rows)
-    assert evaluate(output, data, data.test.y) == json.loads((folder / "metrics.json").read_text())["test"]
+    assert evaluate(output, data, data.test) == json.loads((folder / "metrics.json").read_text())["test"]
 
 
 def load_source(folder):

@@ -14,9 +14,9 @@ SMALL = "--dataset iris --no-verify --no-baselines --threads 1 --epochs 3".split
 def test_a_search_ends_in_a_run_with_the_best_options(tmp_path, capsys, monkeypatch):
     tested = []
 
-    def evaluate(output, data, target):
-        tested.append(len(target))
-        return metrics.evaluate(output, data, target)
+    def evaluate(output, data, split):
+        tested.append(len(split))
+        return metrics.evaluate(output, data, split)
 
     monkeypatch.setattr(report, "evaluate", evaluate)
     assert main([*SMALL, "--search", "3", "--out", str(tmp_path)]) == 0
