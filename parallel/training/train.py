@@ -67,8 +67,11 @@ class ParallelTraining(Training):
             raise InputError(
                 f"argument --batch-size: {options.batch_size}; --dp {layout.dp} needs at least {2 * layout.dp}"
             )
-        if layout.pp > 1 and (options.mixup or options.loss == "bce"):
-            what = "--mixup" if options.mixup else "--loss bce"
+        soft = data.task == "classification" and data.train.y.is_floating_point()
+        if layout.pp > 1 and (options.mixup or options.loss == "bce" or soft):
+            what = (
+                "--mixup" if options.mixup else "--loss bce" if options.loss == "bce" else "a --target of probabilities"
+            )
             raise InputError(f"argument --pp: {layout.pp} does not fit {what}, whose rows a pipeline cannot leave out")
         self.layout, self.mesh = layout, mesh
         self.dp = Ranks.of(layout.data_parallel(mesh))

@@ -5,14 +5,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fusemlp.mlp.training.data import load_data
+from fusemlp.mlp.training.errors import InputError
 from fusemlp.mlp.training.options import parse_options
 from fusemlp.mlp.training.train import Training
 from fusemlp.parallel.training.layout import Layout
 from fusemlp.parallel.training.train import ParallelTraining
 from ranks import on_ranks
+from sklearn.datasets import load_iris
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +42,27 @@ def losses(training):
 
 def train(layout, folder, options):
     return losses(start(layout, folder, *options))
+
+
+def soft_iris(tmp_path):
+    table = load_iris(as_frame=True)
+    soft = pd.DataFrame(0.7 * np.eye(3)[table.target] + 0.1, columns=["a", "b", "c"])
+    path = tmp_path / "iris.csv"
+    pd.concat([table.data, soft], axis=1).to_csv(path, index=False)
+    return ["--csv", str(path), "--target", "a", "b", "c", "--task", "classification"]
+
+
+UNPIPED = {
+    "mixup": (lambda _: ["--mixup", "0.2"], "--mixup"),
+    "bce": (lambda _: ["--dataset", "breast_cancer", "--loss", "bce"], "--loss bce"),
+    "soft labels": (soft_iris, "a --target of probabilities"),
+}
+
+
+@pytest.mark.parametrize(("given", "what"), UNPIPED.values(), ids=UNPIPED)
+def test_a_pipeline_refuses_what_it_cannot_leave_out(given, what, tmp_path):
+    with pytest.raises(InputError, match=f"--pp: 2 does not fit {what}"):
+        ParallelTraining(*options_and_data(given(tmp_path)), tmp_path, Layout(pp=2), mesh=None)
 
 
 LAYOUTS = {
