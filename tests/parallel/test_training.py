@@ -27,7 +27,8 @@ NORMALISED = ["--batch-norm", "--optimizer", "momentum"]
 
 
 def options_and_data(options):
-    options = parse_options([*OPTIONS, *options])
+    # A data set may be given once.
+    options = parse_options([*(OPTIONS[2:] if "--csv" in options else OPTIONS), *options])
     return options, load_data(options.source)
 
 
