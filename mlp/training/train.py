@@ -195,11 +195,15 @@ class Training:
     def recover(self) -> None:
         """Go back to the best epoch, with a learning rate and a clipping norm that are lower by LOWER."""
         recovered = self.recovered + 1
-        self.load_state_dict(load_checkpoint(self.folder / KEPT_FOR_RECOVERY))
+        self.load_kept()
         # The checkpoint may be of before an earlier recovery.
         scale_rate(self.scheduler, self.optimizer, LOWER ** (recovered - self.recovered))
         self.recovered = recovered
         self.save_last()
+
+    def load_kept(self) -> None:
+        """Load the checkpoint that `keep_for_recovery` kept."""
+        self.load_state_dict(load_checkpoint(self.folder / KEPT_FOR_RECOVERY))
 
     def steps(self) -> Iterator[Tensor]:
         """Run the optimizer steps of one epoch, with the rows in a new random order.

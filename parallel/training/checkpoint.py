@@ -26,19 +26,21 @@ from ...mlp.training.errors import CannotWrite, InputError
 from .net import flat_name, flat_names
 
 POINTER = "checkpoint.json"
+# Names the checkpoint to which a run goes back when it diverges.
+KEPT_POINTER = "recovery.json"
 PROGRESS = "progress.pt"
 # Keyed by parameter name: indices of parameter groups would mean different parameters on different stages.
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: Optimizer, progress: Any) -> None:
+def write_checkpoint(place: Path, epoch: int, model: nn.Module, optimizer: Optimizer, progress: Any) -> None:
     """Write the checkpoint of an epoch.
 
-    Each rank writes its part into the folder epoch-N. After that, rank 0 writes the folder's name to the pointer file
-    and deletes earlier checkpoints, so the pointer file always names a complete checkpoint.
+    Each rank writes its part into the folder. After that, rank 0 writes the folder's name to the pointer file of the
+    run and deletes other checkpoints, except the one that is kept. So the pointer file always names a complete one.
 
     Args:
-        folder: Folder of the run.
+        place: Folder of the checkpoint, inside of that of the run. Its name begins with epoch-.
         epoch: The number of the epoch.
         model, optimizer: This rank's model and its optimizer.
         progress: The rest of the run's state, as tensors and plain data. Only that of rank 0 is written.
@@ -46,7 +48,7 @@ def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: Opti
     Raises:
         CannotWrite: If the checkpoint cannot be written.
     """
-    place = folder / f"epoch-{epoch}"
+    folder = place.parent
     try:
         dcp.save({key: flat_names(part) for key, part in _state(epoch, model, optimizer).items()}, checkpoint_id=place)
     except CheckpointException as error:
@@ -54,12 +56,22 @@ def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: Opti
         raise CannotWrite(f"{place} cannot be written; is the disk full? ({'; '.join(sorted(reasons))})") from error
     if dist.get_rank() == 0:
         save_checkpoint(place / PROGRESS, progress)
-        with atomic_write(folder / POINTER) as file:
-            file.write(json.dumps({"folder": place.name}).encode())
-        for earlier in folder.glob("epoch-*"):
-            if earlier != place:
-                shutil.rmtree(earlier)
+        _point(folder / POINTER, place)
+        kept = find_checkpoint(folder / KEPT_POINTER) if (folder / KEPT_POINTER).exists() else None
+        for other in folder.glob("epoch-*"):
+            if other not in (place, kept):
+                shutil.rmtree(other)
     dist.barrier()
+
+
+def keep_checkpoint(place: Path) -> None:
+    """Keep the checkpoint in a folder until another one is kept. Only rank 0 calls this."""
+    _point(place.parent / KEPT_POINTER, place)
+
+
+def _point(pointer: Path, place: Path) -> None:
+    with atomic_write(pointer) as file:
+        file.write(json.dumps({"folder": place.name}).encode())
 
 
 def read_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: Optimizer) -> None:
@@ -91,24 +103,18 @@ def _state(epoch: int, model: nn.Module, optimizer: Optimizer) -> dict[str, dict
     return {"model": of_model, "optimizer": of_optimizer}
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """Find the last complete checkpoint of a run.
-
-    Args:
-        folder: Folder of the run.
-
-    Returns:
-        The folder of the checkpoint.
+def find_checkpoint(pointer: Path) -> Path:
+    """The folder of the complete checkpoint that a pointer file names: POINTER for the last one, or KEPT_POINTER.
 
     Raises:
-        InputError: If there is no checkpoint, or the pointer file is damaged.
+        InputError: If the pointer file does not exist or is damaged.
     """
     try:
-        return folder / json.loads((folder / POINTER).read_text())["folder"]
+        return pointer.parent / json.loads(pointer.read_text())["folder"]
     except FileNotFoundError:
-        raise InputError(f"checkpoint {folder / POINTER} does not exist") from None
+        raise InputError(f"checkpoint {pointer} does not exist") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"checkpoint {folder / POINTER} is damaged or not a checkpoint") from None
+        raise InputError(f"checkpoint {pointer} is damaged or not a checkpoint") from None
 
 
 def whole_weights(model: nn.Module, mesh: DeviceMesh) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from ...mlp.training.report import CONFIG, prepare_folder, write_json, write_rep
 from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike
-from .checkpoint import POINTER, PROGRESS, last_checkpoint
+from .checkpoint import KEPT_POINTER, POINTER, PROGRESS, find_checkpoint
 from .layout import DataParallel, Layout
 from .lost_ranks import enlist, hung_ranks, lost_ranks
 from .pipeline import SCHEDULES
@@ -217,14 +217,14 @@ def run(argv: Sequence[str]) -> int:
     options = parse_options(rest)
     resuming = options.resume or (restarts() and options.out is not None and (Path(options.out) / POINTER).exists())
     if resuming:
-        saved = load_checkpoint(last_checkpoint(Path(str(options.out))) / PROGRESS)
+        saved = load_checkpoint(find_checkpoint(Path(str(options.out)) / POINTER) / PROGRESS)
         options = parse_options(rest, saved["options"])
     if options.device.startswith("cuda:"):
         raise InputError(
             f"argument --device: {options.device!r}; every rank takes the GPU of its own number, so allowed are auto, "
             "cpu, cuda"
         )
-    for name in ("predict", "folds", "recover", "diagnose", "find_lr", "search"):
+    for name in ("predict", "folds", "diagnose", "find_lr", "search"):
         if getattr(options, name):
             raise InputError(f"argument --{name.replace('_', '-')}: works in one process: python -m fusemlp.mlp")
     torch.set_num_threads(options.threads or 1)
@@ -269,6 +269,7 @@ def prepare(folder: Path, overwrite: bool) -> None:
     if dist.get_rank() == 0:
         try:
             prepare_folder(folder, overwrite)
+            (folder / KEPT_POINTER).unlink(missing_ok=True)
         except InputError as error:
             refused = str(error)
     refused = agreed(refused)

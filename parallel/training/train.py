@@ -33,7 +33,16 @@ from ...mlp.training.predict import BEST, PREDICT_ROWS
 from ...mlp.training.train import Training
 from ..collectives import Ranks
 from ..handshake import check_alike, random_state
-from .checkpoint import POINTER, PROGRESS, last_checkpoint, read_checkpoint, whole_weights, write_checkpoint
+from .checkpoint import (
+    KEPT_POINTER,
+    POINTER,
+    PROGRESS,
+    find_checkpoint,
+    keep_checkpoint,
+    read_checkpoint,
+    whole_weights,
+    write_checkpoint,
+)
 from .layout import Layout
 from .lost_ranks import count_step
 from .net import build_stages, set_gradient_sync, stage_bounds
@@ -235,6 +244,12 @@ class ParallelTraining(Training):
             contents = {"options": configuration(self.options), "model": weights, "epoch": self.epoch}
             save_checkpoint(self.folder / BEST, contents)
 
+    @property
+    def place(self) -> Path:
+        """The folder of the checkpoint of this epoch. An epoch that is run again has another one."""
+        again = f"-recovery-{self.recovered}" if self.recovered else ""
+        return self.folder / f"epoch-{self.epoch}{again}"
+
     def save_last(self) -> None:
         """Write a sharded checkpoint; see `write_checkpoint`."""
         random: list[Any] = [None] * dist.get_world_size()
@@ -245,7 +260,7 @@ class ParallelTraining(Training):
             "random": {str(draws): states for draws, *states in random},
             "random_gpu": None,
         }
-        write_checkpoint(self.folder, self.epoch, self.model, self.optimizer, progress)
+        write_checkpoint(self.place, self.epoch, self.model, self.optimizer, progress)
 
     def _gpu_random(self) -> Tensor | None:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -256,13 +271,29 @@ class ParallelTraining(Training):
         Raises:
             InputError: If there is no checkpoint, it cannot be read, or the data have changed.
         """
-        folder = last_checkpoint(self.folder)
+        self.load_from(find_checkpoint(self.folder / POINTER))
+
+    def keep_for_recovery(self) -> None:
+        if self.options.recover:
+            if dist.get_rank() == 0:
+                keep_checkpoint(self.place)
+            dist.barrier()
+
+    def load_kept(self) -> None:
+        self.load_from(find_checkpoint(self.folder / KEPT_POINTER))
+
+    def load_from(self, folder: Path) -> None:
+        """Continue from the checkpoint in a folder; see `resume`."""
         progress = load_checkpoint(folder / PROGRESS)
         if progress["data"] != self.data.fingerprint():
             raise InputError("argument --resume: the data have changed since the run began")
         self.epoch = progress["epoch"]
         read_checkpoint(folder, self.epoch, self.model, self.optimizer)
         self.load_schedule(progress["scheduler"], progress["options"]["epochs"])
+        if self.epoch == 0:  # the checkpoint has no state of the optimizer
+            self.optimizer.state.clear()
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
         self.scaler.load_state_dict(progress["scaler"])
         self.row_order.set_state(progress["row_order"])
         # A rank that did not exist when the checkpoint was written keeps its newly seeded generators.
@@ -272,3 +303,4 @@ class ParallelTraining(Training):
                 torch.cuda.set_rng_state(states[1], self.device)
         self.best_epoch, self.best_loss = progress["best"]
         self.history = progress["history"]
+        self.recovered = progress["recovered"]

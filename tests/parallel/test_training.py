@@ -28,7 +28,7 @@ NORMALISED = ["--batch-norm", "--optimizer", "momentum"]
 
 def options_and_data(options):
     # A data set may be given once.
-    options = parse_options([*(OPTIONS[2:] if "--csv" in options else OPTIONS), *options])
+    options = parse_options([*(OPTIONS[2:] if {"--csv", "--dataset"} & {*options} else OPTIONS), *options])
     return options, load_data(options.source)
 
 
@@ -259,3 +259,34 @@ UNFIT = {
 @pytest.mark.parametrize(("layout", "message"), UNFIT.values(), ids=UNFIT)
 def test_nets_that_the_ranks_cannot_share_are_refused(layout, message, tmp_path):
     on_ranks(layout.pp * layout.tp, refuse_to_build, layout, str(tmp_path), message)
+
+
+def recovered(layout, folder, options):
+    """The history of a run that explodes; whether the ranks agree; and the checkpoints that are left."""
+    training = start(layout, folder, *options)
+    training.fit(lambda _: None)
+    lasting = sorted(path.name for path in Path(folder).glob("epoch-*"))
+    return training.history, training.recovered, training.best_epoch, lasting
+
+
+EXPLODING = "--dataset diabetes --optimizer momentum --lr 3 --schedule constant --epochs 3 --recover 12".split()  # noqa: SIM905
+RECOVERING = {
+    "fsdp": Layout(dp=2, dp_mode="fsdp"),
+    "tp": Layout(tp=2),
+    "pipeline": Layout(pp=2),
+}
+
+
+@pytest.mark.parametrize("layout", RECOVERING.values(), ids=RECOVERING)
+def test_an_exploding_run_recovers_as_on_one_process(layout, tmp_path):
+    options, data = options_and_data(EXPLODING)
+    (tmp_path / "alone").mkdir()
+    alone = Training(options, data, tmp_path / "alone")
+    alone.fit(lambda _: None)
+    assert alone.recovered > 0
+    for history, times, best_epoch, lasting in on_ranks(2, recovered, layout, str(tmp_path), EXPLODING):
+        assert (times, best_epoch) == (alone.recovered, alone.best_epoch)
+        assert f"epoch-3-recovery-{times}" in lasting
+        assert len(lasting) <= 2
+        found, expected = ([row["val_loss"] for row in rows] for rows in (history, alone.history))
+        assert found == pytest.approx(expected, rel=0.01)
