@@ -39,7 +39,7 @@ from . import cost, gpu, launch
 from .activation import functions_of_preact
 from .config import cdiv, pointwise_block, reduction_block, reduction_options, row_splits
 from .dropout import drop, dropout_args
-from .moments import MERGE_BLOCK, column_sums, divide, inverse_sqrt, store_partial, store_rounded
+from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .residual import add_residual, residual_args
 from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
@@ -70,7 +70,7 @@ def load_columns(ptr, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def load_rstd(norm, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
     """1 / sqrt(var + eps) of BLOCK_N columns, [1, BLOCK_N]. norm: `NormArgs`."""
-    return inverse_sqrt(load_columns(norm.var, col, N, dtype, BLOCK_N) + norm.eps)
+    return 1 / tl.sqrt(load_columns(norm.var, col, N, dtype, BLOCK_N) + norm.eps)
 
 
 @triton.jit
@@ -194,8 +194,8 @@ def _apply_bwd_kernel(
     dx, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
     # 2. Subtract what comes through mean and variance: sum du / M and xhat sum(du xhat) / M.
     if sums_ptr is not None:
-        du_mean = divide(load_columns(sums_ptr, col, N, ACC_DTYPE, BLOCK_N), M)
-        du_xhat_mean = divide(load_columns(sums_ptr + N, col, N, ACC_DTYPE, BLOCK_N), M)
+        du_mean = load_columns(sums_ptr, col, N, ACC_DTYPE, BLOCK_N) / M
+        du_xhat_mean = load_columns(sums_ptr + N, col, N, ACC_DTYPE, BLOCK_N) / M
         dx = dx - du_mean - xhat * du_xhat_mean
     # 3. Multiply by weight and rstd, and store.
     if norm.mean is not None:

@@ -35,7 +35,7 @@ from .activation import functions_of_preact
 from .batch_norm import load_columns, merge_grad_sums
 from .config import cdiv, row_pass
 from .dropout import drop, dropout_args
-from .moments import column_sums, divide, inverse_sqrt, store_partial
+from .moments import column_sums, store_partial
 from .residual import add_residual, residual_args
 from .tile import INTERPRET, acc_dtype, all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
 
@@ -51,6 +51,24 @@ class RowNormArgs(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, rounded to nearest. The `/` of a GPU is an approximation in float32."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, tl.cast(y, tl.float32))
+    else:
+        return x / y
+
+
+@triton.jit
+def inverse_sqrt(x):
+    """1 / sqrt(x). An error of a GPU's approximations would be in all elements of a row."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(1.0, tl.sqrt_rn(x))
+    else:
+        return 1 / tl.sqrt(x)
 
 
 @triton.jit

@@ -22,24 +22,6 @@ from .tile import INTERPRET, acc_dtype, all_octets, cast, in_octets, load_tile, 
 
 
 @triton.jit
-def divide(x, y):
-    """x / y, rounded to nearest. The `/` of a GPU is an approximation in float32."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, tl.cast(y, tl.float32))
-    else:
-        return x / y
-
-
-@triton.jit
-def inverse_sqrt(x):
-    """1 / sqrt(x). An error of the approximations of a GPU would be in all elements of the same row or column."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(1.0, tl.sqrt_rn(x))
-    else:
-        return 1 / tl.sqrt(x)
-
-
-@triton.jit
 def column_sums(x):
     """Sums of the columns of a tile, [BLOCK_N], in float64. The tile is summed in its own dtype."""
     if INTERPRET:
