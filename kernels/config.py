@@ -133,7 +133,7 @@ def row_pass(
 ) -> tuple[int, dict[str, int]]:
     """How programs go through the M whole rows of a matrix (M, N).
 
-    Tiles, warps and stages are the fastest of 130 choices for bfloat16 on an H200
+    Tiles, warps and stages are those that were fastest for bfloat16 on an H200, in an earlier form of the kernels
     (bench/results/nvidia-h200/row_passes.csv).
 
     Args:
@@ -141,7 +141,7 @@ def row_pass(
         loaded: bytes that are loaded for each element.
         num_sms: number of multiprocessors.
         min_rows: least number of rows of a tile.
-        warps_per_sm: number of warps on each multiprocessor. Programs of more than half of them are two.
+        warps_per_sm: number of warps on each multiprocessor, which has at least two programs.
 
     Returns:
         The rows of each program, a multiple of those of a tile; and the tile, the steps ahead of which it is loaded,
