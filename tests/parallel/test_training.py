@@ -272,7 +272,6 @@ def recovered(layout, folder, options):
 EXPLODING = "--dataset diabetes --optimizer momentum --lr 3 --schedule constant --epochs 3 --recover 12".split()  # noqa: SIM905
 RECOVERING = {
     "fsdp": Layout(dp=2, dp_mode="fsdp"),
-    "tp": Layout(tp=2),
     "pipeline": Layout(pp=2),
 }
 
