@@ -1,170 +1,137 @@
 """Modules of other libraries whose forward calls their children one after the other, run as fused layers."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from abc import ABCMeta
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.fx import Graph, Proxy, Tracer
-from torch.nn import functional
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
-from .sequential import ACTIVATION_MODULES, activation_name, is_plain, run_fused
-from .tracing import leaf
-
-# The functions and methods of activations, and the modules that compute the same with the same keywords.
-ACTIVATION_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
-    **dict.fromkeys((torch.relu, functional.relu, "relu"), nn.ReLU),
-    **dict.fromkeys((torch.sigmoid, functional.sigmoid, "sigmoid"), nn.Sigmoid),
-    **dict.fromkeys((torch.tanh, functional.tanh, "tanh"), nn.Tanh),
-    functional.gelu: nn.GELU,
-    functional.silu: nn.SiLU,
-    functional.leaky_relu: nn.LeakyReLU,
-    functional.elu: nn.ELU,
-    functional.relu6: nn.ReLU6,
-}
-ACTIVATIONS = {name: make() for name, make in ACTIVATION_MODULES.items()}
+from .calls import ActivationCall, Calls, CannotFollow, ChildCall, calls_all_children, calls_of
+from .sequential import ACTIVATION_MODULES, is_plain, run_fused
+from .tracing import own_code
 
 
-class ChildCall(NamedTuple):
-    """A call of a child.
+class Block(NamedTuple):
+    """What a class of fused modules is made of.
 
     Attributes:
-        name: of the child.
-        activation: name of the activation that the child computes, if its class is of another library; or None.
-        kind: this class.
+        base: the class of the modules before they were fused.
+        calls: what its forward calls; None for all children.
     """
 
-    name: str
-    activation: str | None = None
-    kind: type[nn.Module] = nn.Module
+    base: type[nn.Module]
+    calls: Calls | None
 
 
-class ActivationCall(NamedTuple):
-    """A call of an activation that is not a module, by its name in fusemlp."""
-
-    name: str
+# Kept outside of the classes, because any name in them can be one that the base, or an instance, has already.
+_BLOCKS: dict[type[nn.Module], Block] = {}
 
 
-Calls = tuple[ChildCall | ActivationCall, ...] | None
+def block_of(module: nn.Module) -> Block | None:
+    """What the module's class is made of; None for other classes than those of `block_class`."""
+    return _BLOCKS.get(type(module))
 
 
-class FusedBlock(nn.Module):
-    """Mixin that replaces the forward of a class by its calls, run as fused layers.
+def modules_of(module: nn.Module, block: Block) -> list[nn.Module] | None:
+    """The modules that forward runs, without those that do nothing; None if forward has to run itself.
 
-    Attributes:
-        base: the class.
-        calls: what its forward calls, in order; None for all children.
+    It has to if a child or an attribute that it calls is not what it was, or if global hooks see which modules run.
     """
+    if _has_any_global_hook():
+        return None
+    children = module._modules.values()
+    found = children if block.calls is None else [_called(module, call) for call in block.calls]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return None
+    return [each for each in known if not is_plain(each, _IDENTITY)]
 
-    base: ClassVar[type[nn.Module]]
-    calls: ClassVar[Calls]
 
-    def in_order(self) -> list[nn.Module]:
-        """The modules that forward runs. Those that do nothing are left out, so that layers are not cut there."""
-        found = list(self._modules.values()) if self.calls is None else [self._called(call) for call in self.calls]
-        return [m for m in found if m is not None and not is_plain(m, {nn.Identity: nn.Identity.forward})]
+def _in_place(module: nn.Module) -> nn.Module:
+    setattr(module, "inplace", True)  # noqa: B010 - not all of them have it
+    return module
 
-    def _called(self, call: "ChildCall | ActivationCall") -> nn.Module | None:
-        if isinstance(call, ActivationCall):
-            return ACTIVATIONS[call.name]
-        child = self._modules[call.name]
-        # It may have been replaced, or have got a hook.
-        known = child is not None and is_plain(child, {call.kind: call.kind.forward})
-        return ACTIVATIONS[call.activation] if call.activation and known else child
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _restore, (self.base, self.calls), *state
+_ACTIVATIONS = {(name, False): make() for name, make in ACTIVATION_MODULES.items()}
+_ACTIVATIONS |= {(name, True): _in_place(make()) for name, make in ACTIVATION_MODULES.items()}
+_IDENTITY = {nn.Identity: nn.Identity.forward}
+
+
+def _called(module: nn.Module, call: ChildCall | ActivationCall) -> nn.Module | None:
+    """The module that makes the call, if it still leads to what it led to."""
+    if isinstance(call, ActivationCall):
+        if call.held is None or vars(module).get(call.held.attribute) is call.held.function:
+            return _ACTIVATIONS[call.name, call.inplace]
+        return None
+    child = module._modules.get(call.name)
+    if call.activation is None or child is None or not is_plain(child, {call.kind: call.kind.forward}):
+        return child
+    return _called(child, call.activation) or child
+
+
+class _NoNotice:
+    """Keeps the base's `__init_subclass__` from being called: a fused class is none of the user's."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 @functools.cache
-def block_class(base: type[nn.Module], calls: Calls) -> type[FusedBlock]:
+def block_class(base: type[nn.Module], calls: Calls | None) -> type[nn.Module]:
     """The class of modules that are instances of `base` and run the calls as fused layers."""
+    block = Block(base, calls)
 
-    @leaf
+    @own_code
     @functools.wraps(base.forward)
-    def forward(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = *args, *kwargs.values()
-        if len(given) != 1 or isinstance(given[0], Proxy):
-            return base.forward(self, *args, **kwargs)
-        return run_fused(self.in_order(), given[0])
+        modules = None
+        if len(given) == 1 and not isinstance(given[0], Proxy):
+            modules = modules_of(self, block)
+        return base.forward(self, *args, **kwargs) if modules is None else run_fused(modules, given[0])
 
-    body = {"base": base, "calls": calls, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (FusedBlock, base), body | {"forward": forward})
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced = super(kind, self).__reduce_ex__(protocol)  # pyright: ignore[reportArgumentType]
+        if isinstance(reduced, str):
+            return reduced
+        make, args, *state = reduced
+        plain = tuple(base if arg is kind else arg for arg in args)
+        return _restore, (block, base if make is kind else make, plain), *state
 
-
-def _restore(base: type[nn.Module], calls: Calls) -> nn.Module:
-    """Make an empty module of `block_class`, for pickle and copy."""
-    kind = block_class(base, calls)
-    return kind.__new__(kind)
-
-
-class _Shallow(Tracer):
-    """Enters every child as one node."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def calls_in_order(module: nn.Module) -> Calls | str:
-    """What a module's forward calls one after the other, in both modes; or why it cannot be replaced by these calls."""
-    if not is_plain(module, {type(module): type(module).forward}):
-        return "it has hooks or a replaced forward"
-    if type(module).forward is nn.Sequential.forward:
-        return None
-    if type(module).__module__.startswith("torch."):
-        return "it is a module of PyTorch that does more than to call its children"
-    training, evaluation = (_calls_in_mode(module, mode) for mode in (True, False))
-    if training != evaluation:
-        return "its forward differs between training and evaluation"
-    return "its forward makes one call" if len(training or ()) == 1 else training
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    methods = {"forward": forward, "__reduce_ex__": __reduce_ex__}
+    metaclass: Any = type(base)
+    kind: type[nn.Module] = metaclass(base.__name__, (_NoNotice, base), names | methods)
+    _BLOCKS[kind] = block
+    return kind
 
 
-def _calls_in_mode(module: nn.Module, training: bool) -> Calls | str:
-    mode = module.training
-    module.training = training
-    try:
-        return _calls_of(_Shallow().trace(module), module)
-    except Exception as error:  # forward is anyone's code
-        return f"its forward cannot be traced: {type(error).__name__}"
-    finally:
-        module.training = mode
+def _restore(block: Block, make: Any, args: tuple[Any, ...]) -> nn.Module:
+    """Make a module of the base, as its pickle says, and give it the fused class; for pickle and copy."""
+    module = make(*args)
+    if type(module) is block.base:
+        module.__class__ = block_class(*block)
+    return module
 
 
-def _calls_of(graph: Graph, module: nn.Module) -> Calls | str:
-    first, *middle, last = graph.nodes
-    calls: list[ChildCall | ActivationCall] = []
-    before = first
-    for node in middle:
-        call = _call_of(node, module)
-        if node.op == "placeholder":
-            return "its forward takes several arguments"
-        if node.all_input_nodes != [before] or tuple(node.args) != (before,) or call is None:
-            return f"its forward does more than to call children and activations in order: {_name_of(node)}"
-        calls.append(call)
-        before = node
-    if last.args != (before,):
-        return "its forward does not return the output of its last call"
-    return tuple(calls)
+def fused_class(module: nn.Module) -> type[nn.Module]:
+    """The class that runs a module's forward as fused layers.
 
-
-def _call_of(node: Any, module: nn.Module) -> ChildCall | ActivationCall | None:
-    if node.op == "call_module" and node.target in module._modules and not node.kwargs:
-        return _child_call(node.target, module._modules[node.target])
-    if node.op in ("call_function", "call_method") and node.target in ACTIVATION_FUNCTIONS:
-        name = activation_name(ACTIVATION_FUNCTIONS[node.target](**node.kwargs))
-        return ActivationCall(name) if name else None
-    return None
-
-
-def _child_call(name: str, child: nn.Module | None) -> ChildCall:
-    if child is not None and not type(child).__module__.startswith(("torch.", "fusemlp.")):
-        match _calls_in_mode(child, child.training):
-            case (ActivationCall(activation),):
-                return ChildCall(name, activation, type(child))
-    return ChildCall(name)
-
-
-def _name_of(node: Any) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    Raises:
+        CannotFollow: there is none, and why.
+    """
+    kind = type(module)
+    if not is_plain(module, {kind: kind.forward}):
+        raise CannotFollow("it has hooks or a replaced forward")
+    if type(kind) not in (type, ABCMeta):
+        raise CannotFollow("its class has a metaclass, which may do more when a subclass is made")
+    if calls_all_children(module):
+        return block_class(kind, None)
+    if kind.__module__.startswith("torch."):
+        raise CannotFollow("it is a module of PyTorch that does more than to call its children")
+    calls = calls_of(module)
+    if len(calls) == 1:
+        raise CannotFollow("its forward makes one call")
+    return block_class(kind, calls)

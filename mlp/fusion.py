@@ -3,12 +3,14 @@
 import copy
 import operator
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .block import FusedBlock, block_class, calls_in_order
+from .block import block_of, fused_class, modules_of
+from .calls import CannotFollow
 from .check import FLOATING
 from .model import MLP
 from .modules import (
@@ -45,28 +47,30 @@ def fuse(module: AnyModule, *, inplace: bool = False) -> AnyModule:
     Every Linear, BatchNorm1d, LayerNorm, RMSNorm, Dropout, CrossEntropyLoss and LinearCrossEntropyLoss of torch.nn, and
     every Sequential with a linear layer, gets the class of its namesake in fusemlp. A Linear, and the normalisation,
     activation and Dropout that follow it in a Sequential, then run as one layer, and layers that follow one another as
-    one autograd node. The same holds for a module whose forward calls its children, and activations of
-    torch.nn.functional, one after the other. To find that out, torch.fx traces its forward in training and in
-    evaluation mode. What an attribute changes in its forward later is not seen.
+    one autograd node. The same holds for a module whose forward does nothing but to call its children, and activations
+    of PyTorch, each on what the one before it returned. A forward that does anything else runs as it is (`calls.py`).
 
     Parameters and buffers stay the same objects, so that optimizers keep their meaning. Names, state_dict keys, hooks
-    and modes stay as well. The masks of dropout come from other random numbers.
+    and modes stay as well. The masks of dropout come from other random numbers where the kernels run.
 
     Subclasses, and modules that have hooks, parametrizations, a replaced forward or a quantisation configuration, stay
     as they are. `fuse_report` says why.
 
     Args:
         module: any module.
-        inplace: whether to change the module itself. Otherwise it is not changed: the result consists of new modules
-            that share its parameters and buffers.
+        inplace: whether to change the module itself. Otherwise it is not changed: the result is what copy.deepcopy
+            makes of it, but shares its parameters and buffers.
 
     Returns:
         The fused module.
+
+    Raises:
+        RuntimeError: the module cannot be copied; inplace=True need not copy it.
     """
-    fused = module if inplace else _sharing_copy(module, {})
+    fused = module if inplace else _sharing_copy(module)
     for decision in list(_decisions(fused)):
         if decision.kind is not None:
-            _become(decision.module, decision.kind)
+            decision.module.__class__ = decision.kind
     return fused
 
 
@@ -82,13 +86,11 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> Any:
 
     Returns:
         The module without fusemlp's classes. Those of `fusemlp.parallel` stay.
+
+    Raises:
+        RuntimeError: see `fuse`.
     """
-    plain = module if inplace else _sharing_copy(module, {})
-    for each in reversed(list(plain.modules())):
-        for name, child in each.named_children():
-            each._modules[name] = _without_fusion(child)
-        _become(each, each.base if isinstance(each, FusedBlock) else TORCHS.get(type(each), type(each)))
-    return _without_fusion(plain)
+    return _unfused(module if inplace else _sharing_copy(module), {})
 
 
 def to_torch(module: nn.Module) -> Any:
@@ -124,8 +126,13 @@ class FuseReport(list[Fused]):
 
 def fuse_report(module: nn.Module) -> FuseReport:
     """What `fuse` makes of each part of a module, and why. The module may have been fused already."""
-    against = {each.name: each.reason for each in _decisions(module) if each.kind is None}
-    fused = fuse(module)
+    fused = _outline(module, {})
+    against: dict[nn.Module, str] = {}
+    for decision in list(_decisions(fused)):
+        if decision.kind is None:
+            against[decision.module] = decision.reason
+        else:
+            decision.module.__class__ = decision.kind
     members: dict[nn.Module, str] = {}
     for container in fused.modules():
         for linear, following in _layers_of(container):
@@ -135,12 +142,14 @@ def fuse_report(module: nn.Module) -> FuseReport:
     report = FuseReport()
     for name, each in fused.named_modules():
         kind = type(each).__name__
-        if name in against:
-            report.append(Fused(name, kind, "left", against[name]))
+        if each in against:
+            report.append(Fused(name, kind, "left", against[each]))
         elif each in members:
             report.append(Fused(name, kind, "fused", members[each]))
-        elif isinstance(each, FusedBlock | Sequential):
+        elif isinstance(each, Sequential) or block_of(each):
             report.append(Fused(name, kind, "fused", "its children run as fused layers"))
+        elif isinstance(each, Dropout) and each.inplace:
+            report.append(Fused(name, kind, "left", "it works in place, and no linear layer before it takes it in"))
         elif type(each) in TORCHS:
             report.append(Fused(name, kind, "fused", "alone"))
     return report
@@ -149,32 +158,30 @@ def fuse_report(module: nn.Module) -> FuseReport:
 class _Decision(NamedTuple):
     """What becomes of a module: its new class, or None and the reason."""
 
-    name: str
     module: nn.Module
     kind: type[nn.Module] | None
     reason: str = ""
 
 
 def _decisions(root: nn.Module) -> Iterator[_Decision]:
-    for name, module in root.named_modules():
+    for module in root.modules():
         kind = type(module)
-        if kind in TORCHS or isinstance(module, FusedBlock) or kind in (LinearReLU, Residual):
+        if kind in TORCHS or kind in (LinearReLU, Residual) or block_of(module):
             continue
         has_linear = any(isinstance(child, nn.Linear) for child in module.children())
         if kind is nn.Sequential:
             if has_linear:
-                yield _Decision(name, module, Sequential)
+                yield _Decision(module, Sequential)
         elif kind in NAMESAKES:
             reason = _obstacle(module)
-            yield _Decision(name, module, None if reason else NAMESAKES[kind], reason)
+            yield _Decision(module, None if reason else NAMESAKES[kind], reason)
         elif isinstance(module, (nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.CrossEntropyLoss)):
-            yield _Decision(name, module, None, f"its class is not that of torch.nn: {kind.__module__}.{kind.__name__}")
+            yield _Decision(module, None, f"its class is not that of torch.nn: {kind.__module__}.{kind.__name__}")
         elif has_linear:
-            calls = calls_in_order(module)
-            if isinstance(calls, str):
-                yield _Decision(name, module, None, calls)
-            else:
-                yield _Decision(name, module, block_class(kind, calls))
+            try:
+                yield _Decision(module, fused_class(module))
+            except CannotFollow as error:
+                yield _Decision(module, None, str(error))
 
 
 def _obstacle(module: nn.Module) -> str:
@@ -189,9 +196,10 @@ def _obstacle(module: nn.Module) -> str:
 
 def _layers_of(container: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """The linear modules that a container runs as fused layers, each with the modules that belong to its layer."""
-    if not isinstance(container, FusedBlock | Sequential):
-        return
-    modules = container.in_order() if isinstance(container, FusedBlock) else list(container)
+    if block := block_of(container):
+        modules = modules_of(container, block) or []
+    else:
+        modules = list(container) if isinstance(container, Sequential) else []
     position = 0
     while position < len(modules):
         layer, count = layer_at(modules, position, 2)
@@ -204,15 +212,24 @@ def _described(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
+def _unfused(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Undo `fuse` in a module and its children; made: what has become of modules so far."""
+    if module not in made:
+        made[module] = module
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else _unfused(child, made)
+        block = block_of(module)
+        module.__class__ = block.base if block else TORCHS.get(type(module), type(module))
+        made[module] = _without_fusion(module)
+    return made[module]
 
 
 def _without_fusion(module: nn.Module) -> nn.Module:
     """What a module without a namesake becomes; other modules stay."""
     if type(module) is LinearReLU:
-        _become(module, nn.Linear)
-        return nn.Sequential(module, nn.ReLU())
+        layer: nn.Module = module
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        return nn.Sequential(layer, nn.ReLU())
     return _as_graph(module) if type(module) is Residual else module
 
 
@@ -225,11 +242,20 @@ def _as_graph(residual: Residual) -> GraphModule:
     return GraphModule(residual, graph)
 
 
-def _sharing_copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """Copy the tree of modules, with hooks and attributes, but not parameters and buffers."""
+def _sharing_copy(module: nn.Module) -> Any:
+    """What copy.deepcopy makes of a module, but with the same parameters and buffers."""
+    tensors = chain(nn.Module.parameters(module), nn.Module.buffers(module))
+    try:
+        return copy.deepcopy(module, {id(t): t for t in tensors})
+    except Exception as error:  # the module's attributes are anyone's
+        raise RuntimeError(f"module: copy.deepcopy cannot copy it ({error}); give inplace=True to change it") from error
+
+
+def _outline(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A tree of the same classes and attributes, in which classes can be changed."""
     if module not in made:
-        made[module] = twin = type(module).__new__(type(module))
-        twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in vars(module).items()}
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else _sharing_copy(child, made)
+        made[module] = twin = object.__new__(type(module))
+        twin.__dict__.update(vars(module))
+        children = module._modules.items()
+        twin._modules = {name: None if child is None else _outline(child, made) for name, child in children}
     return made[module]

@@ -1,5 +1,6 @@
 """MLP, a Sequential made from widths."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -145,6 +146,14 @@ class MLP(Sequential):
             self.append(ACTIVATION_MODULES[out_activation]())
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
+
+    def __getitem__(self, idx: slice | int) -> nn.Module:
+        # Not of the class of the net, whose constructor takes widths.
+        return (
+            Sequential(OrderedDict([*self._modules.items()][idx]))
+            if isinstance(idx, slice)
+            else super().__getitem__(idx)
+        )
 
     def reset_parameters(self) -> None:
         """Draw the weights of all layers, one after the other, and reset their normalisation."""

@@ -2,7 +2,6 @@
 # pyright: reportPossiblyUnboundVariable=false
 # (kernels are called only where launch.explain has found Triton)
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
+from .check import FLOATING
 from .layer import Layer
 from .linear import linear_chain
 from .modules import BatchNorm1d, Dropout, LayerNorm, Linear, RMSNorm, norm_of, row_norm_of
@@ -45,11 +45,6 @@ class Sequential(nn.Sequential):
     attributes are those of torch.nn.Sequential. Layers may lie on different devices: the activations move to the
     device of the next linear layer.
     """
-
-    def __getitem__(self, idx: slice | int) -> nn.Module:
-        if isinstance(idx, slice):
-            return Sequential(OrderedDict(list(self._modules.items())[idx]))
-        return super().__getitem__(idx)
 
     @leaf
     def forward(self, input: Any) -> Any:
@@ -179,7 +174,7 @@ def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[La
     linear = modules[position]
     if isinstance(linear, Residual):
         return _residual_layer(linear, dims), 1
-    if not isinstance(linear, nn.Linear) or not is_plain(linear):
+    if not isinstance(linear, nn.Linear) or not is_plain(linear) or linear.weight.dtype not in FLOATING:
         return None, 1
     norm = activation = None
     p = 0.0

@@ -1,4 +1,4 @@
-"""How torch.fx and tensor-like objects see modules and functions: as one node, as they see those of PyTorch."""
+"""How torch.fx, torch.compile and tensor-like objects see modules and functions: as they see those of PyTorch."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,19 @@ from torch.overrides import handle_torch_function, has_torch_function
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
+def own_code(function: Call) -> Call:
+    """Give a function that is made many times a code object of its own.
+
+    torch.compile limits how often a code object is compiled. Functions that share one would use up each other's share.
+    """
+    function.__code__ = function.__code__.replace(co_name=function.__name__)  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 def leaf(forward: Call) -> Call:
     """Have torch.fx enter a module as one node. The root of a trace is no node: its forward runs."""
 
+    @own_code
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         input = next(iter((*args, *kwargs.values())), None)

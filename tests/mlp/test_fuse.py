@@ -1,8 +1,11 @@
 """fuse: the modules of others run on the kernels, and nothing else changes."""
 
+import abc
 import copy
+import functools
 import pickle
 import re
+from typing import ClassVar
 
 import fusemlp
 import pytest
@@ -208,6 +211,27 @@ def test_whole_models_are_saved(fused, x, tmp_path):
     assert torch.equal(loaded.eval()(x), fused.eval()(x))
 
 
+class Another(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Third(Mlp):
+    def forward(self, x):
+        return self.fc2(self.fc1(x)).relu()
+
+
+@pytest.mark.filterwarnings("ignore:.*tensor cores for float32")
+def test_each_class_of_blocks_is_compiled_on_its_own():
+    torch._dynamo.reset()
+    for make in (Mlp, Another, Third, lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.ReLU())):
+        compiled = torch.compile(fuse(make(4, 4)), backend="eager", fullgraph=True)
+        for rows, training in [(2, True), (3, True), (4, False)]:
+            compiled.train(training)(torch.randn(rows, 4))
+            with torch.no_grad():
+                compiled(torch.randn(rows, 4))
+
+
 @pytest.mark.filterwarnings("ignore:.*tensor cores for float32")
 def test_compiles_once_for_all_batch_sizes(fused, x):
     torch._dynamo.reset()
@@ -231,42 +255,8 @@ def test_layers_in_a_row_are_one_node(make, x, device, kernels):
     assert linear_nodes(fuse(make().to(device))(x)) == 1
 
 
-class Differing(nn.Sequential):
-    def forward(self, x):
-        x = self[0](x)
-        return self[1](x) if self.training else x
-
-
-class Residual(nn.Sequential):
-    def forward(self, x):
-        return x + self[1](self[0](x))
-
-
-class Two(nn.Sequential):
-    def forward(self, x, y):
-        return self[1](self[0](x + y))
-
-
-class Branching(nn.Sequential):
-    def forward(self, x):
-        return self[1](x) if x.sum() > 0 else self[0](x)
-
-
-class Head(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(IN, OUT)
-
-    def forward(self, x):
-        return self.fc(x)
-
-
 class MyLinear(nn.Linear):
     pass
-
-
-def a_pair():
-    return nn.Linear(IN, IN), nn.Linear(IN, IN)
 
 
 def hooked(module):
@@ -285,11 +275,6 @@ def quantised(module):
 
 
 LEFT = {
-    "branches by mode": (lambda: Differing(*a_pair()), "differs between training and evaluation"),
-    "residual": (lambda: Residual(*a_pair()), "more than to call children and activations in order: add"),
-    "two arguments": (lambda: Two(*a_pair()), "takes several arguments"),
-    "branches by value": (lambda: Branching(*a_pair()), "cannot be traced: TraceError"),
-    "one call": (Head, "makes one call"),
     "hooked block": (lambda: hooked(Mlp(4, 4)), "hooks"),
     "hook": (lambda: hooked(nn.Linear(4, 4)), "hooks"),
     "replaced": (lambda: replaced(nn.Linear(4, 4)), "replaced forward"),
@@ -298,6 +283,7 @@ LEFT = {
     "subclass": (lambda: MyLinear(4, 4), "its class is not that of torch.nn: .*MyLinear"),
     "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "its class is not that of torch.nn"),
     "module of torch": (lambda: nn.TransformerEncoderLayer(4, 2, 8), "a module of PyTorch"),
+    "in place": (lambda: nn.Dropout(0.5, inplace=True), "works in place"),
 }
 
 
@@ -307,7 +293,6 @@ def test_is_left(make, reason):
     first, *_ = fuse_report(module)
     assert (first.result, first.name) == ("left", "")
     assert re.search(reason, first.reason)
-    assert type(fuse(module)) is type(module)
 
 
 def test_the_report(hand):
@@ -355,6 +340,121 @@ def test_the_module_itself_is_not_changed(hand):
     assert [type(m) for m in hand.modules()] == before
     assert hand.head.training
     assert not hand.mlp._forward_hooks
+
+
+class Listed(nn.Module):
+    """Reaches its children by other ways than their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), nn.Dropout(1.0)
+        self.listed, self.method, self.partial = [self.fc, self.drop], self.drop.forward, functools.partial(self.drop)
+        self.fc.register_forward_hook(self.remember)
+        self.register_forward_hook(functools.partial(Listed.remember, self))
+        self.seen = []
+
+    def remember(self, *_):
+        self.seen.append(self)
+
+    def forward(self, x):
+        for each in self.listed:
+            x = each(x)
+        return self.partial(self.method(x))
+
+
+def test_a_copy_shares_nothing_but_parameters_and_buffers(x):
+    original = Listed()
+    fused = fuse(original).eval()
+    assert fused.listed[0] is fused.fc
+    assert fused.method.__self__ is fused.partial.func is fused.drop
+    assert fused.fc.weight is original.fc.weight
+    x = torch.ones(2, 4)
+    assert torch.equal(fused(x), fused.fc(x))
+    assert [each is fused for each in fused.seen] == [True] * 3
+    assert original.seen == []
+    assert original(x).eq(0).all()
+
+
+def test_a_copy_that_cannot_be_made_is_refused(hand):
+    hand.cache = hand.head[0].weight * 2
+    with pytest.raises(RuntimeError, match=r"module: copy\.deepcopy cannot copy it .* inplace=True"):
+        fuse(hand)
+    assert fuse_report(hand)[0].result == "fused"
+    assert isinstance(fuse(hand, inplace=True).head, fusemlp.Sequential)
+
+
+def test_fuse_and_unfuse_leave_no_trace(hand):
+    before = pickle.dumps(hand), repr(hand), [vars(m).keys() for m in hand.modules()]
+    fuse_report(hand)
+    unfuse(fuse(hand, inplace=True), inplace=True)
+    assert (pickle.dumps(hand), repr(hand), [vars(m).keys() for m in hand.modules()]) == before
+
+
+class Registry(nn.Sequential):
+    """Remembers its subclasses."""
+
+    subclasses: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **options):
+        Registry.subclasses.append(cls.__name__)
+
+
+class Abstract(Tower, abc.ABC):
+    """Has a metaclass."""
+
+
+class Slow(Tower):
+    """Is pickled in a way of its own."""
+
+    def __reduce__(self):
+        return type(self), (4,), {"remembered": True, **vars(self)}
+
+
+def test_a_fused_class_is_no_subclass_of_the_users():
+    fused = fuse(Registry(nn.Linear(4, 4), nn.ReLU()))
+    assert type(fused) is not Registry
+    assert Registry.subclasses == []
+
+
+@pytest.mark.parametrize("kind", [Tower, Abstract, Slow])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+                                    lambda m: pickle.loads(pickle.dumps(m, 0))],
+                         ids=["copy", "deepcopy", "pickle", "pickle 0"])  # fmt: skip
+def test_a_fused_module_is_copied(copied, kind):
+    fused = fuse(kind(4))
+    twin, x = copied(fused), torch.randn(3, 4)
+    assert type(twin) is type(fused) is not kind
+    assert torch.equal(twin(x), fused(x))
+    assert isinstance(twin, kind)
+    assert "remembered" in vars(twin) or kind is not Slow
+
+
+def test_a_net_of_complex_numbers_runs(backend):
+    net = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Tanh(), nn.Linear(4, 4, dtype=torch.complex64))
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    assert torch.equal(fuse(net)(x), net(x))
+
+
+def test_a_sum_with_what_dropout_drops_in_place(backend):
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.drop = nn.Linear(4, 4), nn.Dropout(1.0, inplace=True)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return y + self.drop(y)
+
+    net = fuse(Summing())
+    assert [each.reason for each in fuse_report(net) if each.name == "drop"] == [
+        "it works in place, and no linear layer before it takes it in"
+    ]
+    assert net(torch.randn(3, 4)).eq(0).all()
+
+
+def test_dropout_in_place_is_part_of_the_layer_before_it():
+    report = fuse_report(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)))
+    assert report[1].reason == "one layer with ReLU, Dropout"
 
 
 def test_in_place(hand):
@@ -436,11 +536,13 @@ def test_to_torch_is_a_copy_of_exact_types(x):
 
 
 def test_to_torch_splits_linear_relu():
-    layer = fusemlp.LinearReLU(4, 3)
+    layer = fusemlp.LinearReLU(4, 4)
     x = torch.randn(5, 4)
-    plain = to_torch(nn.Sequential(layer, layer))[0]
-    assert [type(m) for m in plain] == [nn.Linear, nn.ReLU]
-    torch.testing.assert_close(plain(x), layer(x))
+    twice = nn.Sequential(layer, layer)
+    plain = to_torch(twice)
+    assert [type(m) for m in plain[0]] == [nn.Linear, nn.ReLU]
+    assert plain[0] is plain[1]
+    torch.testing.assert_close(plain(x), twice(x))
     torch.testing.assert_close(to_torch(layer)(x), layer(x))
 
 
