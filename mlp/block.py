@@ -71,6 +71,11 @@ def _called(module: nn.Module, call: ChildCall | ActivationCall) -> nn.Module | 
     return _called(child, call.activation) or child
 
 
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module. Its own `__setattr__`, which may do anything, is not asked."""
+    object.__setattr__(module, "__class__", kind)
+
+
 class _NoNotice:
     """Keeps the base's `__init_subclass__` from being called: a fused class is none of the user's."""
 
@@ -112,7 +117,7 @@ def _restore(block: Block, make: Any, args: tuple[Any, ...]) -> nn.Module:
     """Make a module of the base, as its pickle says, and give it the fused class; for pickle and copy."""
     module = make(*args)
     if type(module) is block.base:
-        module.__class__ = block_class(*block)
+        become(module, block_class(*block))
     return module
 
 
@@ -132,6 +137,6 @@ def fused_class(module: nn.Module) -> type[nn.Module]:
     if kind.__module__.startswith("torch."):
         raise CannotFollow("it is a module of PyTorch that does more than to call its children")
     calls = calls_of(module)
-    if len(calls) == 1:
-        raise CannotFollow("its forward makes one call")
+    if len(calls) < 2:
+        raise CannotFollow(f"its forward makes {'one' if calls else 'no'} call")
     return block_class(kind, calls)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .block import block_of, fused_class, modules_of
+from .block import become, block_of, fused_class, modules_of
 from .calls import CannotFollow
 from .check import FLOATING
 from .model import MLP
@@ -70,7 +70,7 @@ def fuse(module: AnyModule, *, inplace: bool = False) -> AnyModule:
     fused = module if inplace else _sharing_copy(module)
     for decision in list(_decisions(fused)):
         if decision.kind is not None:
-            decision.module.__class__ = decision.kind
+            become(decision.module, decision.kind)
     return fused
 
 
@@ -132,7 +132,7 @@ def fuse_report(module: nn.Module) -> FuseReport:
         if decision.kind is None:
             against[decision.module] = decision.reason
         else:
-            decision.module.__class__ = decision.kind
+            become(decision.module, decision.kind)
     members: dict[nn.Module, str] = {}
     for container in fused.modules():
         for linear, following in _layers_of(container):
@@ -177,7 +177,7 @@ def _decisions(root: nn.Module) -> Iterator[_Decision]:
             yield _Decision(module, None if reason else NAMESAKES[kind], reason)
         elif isinstance(module, (nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.CrossEntropyLoss)):
             yield _Decision(module, None, f"its class is not that of torch.nn: {kind.__module__}.{kind.__name__}")
-        elif has_linear:
+        elif has_linear and kind.forward is not nn.Module.forward:  # lists of modules have none of their own
             try:
                 yield _Decision(module, fused_class(module))
             except CannotFollow as error:
@@ -219,7 +219,7 @@ def _unfused(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else _unfused(child, made)
         block = block_of(module)
-        module.__class__ = block.base if block else TORCHS.get(type(module), type(module))
+        become(module, block.base if block else TORCHS.get(type(module), type(module)))
         made[module] = _without_fusion(module)
     return made[module]
 
@@ -227,9 +227,8 @@ def _unfused(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 def _without_fusion(module: nn.Module) -> nn.Module:
     """What a module without a namesake becomes; other modules stay."""
     if type(module) is LinearReLU:
-        layer: nn.Module = module
-        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
-        return nn.Sequential(layer, nn.ReLU())
+        become(module, nn.Linear)
+        return nn.Sequential(module, nn.ReLU())
     return _as_graph(module) if type(module) is Residual else module
 
 
@@ -255,7 +254,6 @@ def _outline(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """A tree of the same classes and attributes, in which classes can be changed."""
     if module not in made:
         made[module] = twin = object.__new__(type(module))
-        twin.__dict__.update(vars(module))
-        children = module._modules.items()
-        twin._modules = {name: None if child is None else _outline(child, made) for name, child in children}
+        children = {name: child and _outline(child, made) for name, child in module._modules.items()}
+        vars(twin).update(vars(module), _modules=children)
     return made[module]

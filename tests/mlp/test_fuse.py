@@ -375,6 +375,25 @@ def test_a_copy_shares_nothing_but_parameters_and_buffers(x):
     assert original(x).eq(0).all()
 
 
+WRAPPED = {
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "scripted": lambda net: torch.jit.script(net),
+    "a graph": torch.fx.symbolic_trace,
+    "averaged": AveragedModel,
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:.*tensor cores for float32", "ignore:.*DataParallel")
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_what_wraps_a_model_stays_whole(wrap, x):
+    net = wrap(to_torch(nn.Sequential(Net(), nn.Linear(IN, OUT))).eval().to(x.device))
+    expected = net(x)
+    fuse_report(net)
+    assert torch.equal(fuse(net)(x), expected)
+    assert torch.equal(net(x), expected)
+
+
 def test_a_copy_that_cannot_be_made_is_refused(hand):
     hand.cache = hand.head[0].weight * 2
     with pytest.raises(RuntimeError, match=r"module: copy\.deepcopy cannot copy it .* inplace=True"):
