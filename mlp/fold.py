@@ -15,7 +15,7 @@ from .modules import BatchNorm1d, Linear
 from .sequential import Residual, Sequential, is_plain
 
 CHECKED_ROWS = 64
-FOLDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FoldedTorchLinear, Linear: FoldedLinear}
+FOLDED: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: FoldedTorchLinear, Linear: FoldedLinear}
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, Linear, nn.BatchNorm1d, BatchNorm1d)}
 
 
