@@ -85,9 +85,12 @@ _PARALLEL = (
 )
 _MODULES = dict.fromkeys(__all__, ".mlp") | dict.fromkeys(_PARALLEL, ".parallel")
 _MODULES |= {"backend": ".kernels.launch", "explain": ".mlp.explain"}
+_FOLDERS = ("bench", "kernels", "mlp", "parallel")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(import_module(_MODULES[name], __name__), name)
@@ -95,4 +98,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_FOLDERS})

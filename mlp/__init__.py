@@ -1,5 +1,8 @@
 """Drop-in modules and the MLP."""
 
+from typing import TYPE_CHECKING
+
+from ..kernels.lazy import files_of
 from . import functional
 from .fold import fold_batch_norm
 from .fusion import fuse, fuse_report, to_torch, unfuse
@@ -37,3 +40,6 @@ __all__ = [
     "to_torch",
     "unfuse",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = files_of(__name__)

@@ -2,14 +2,33 @@
 
 import copy
 from collections import Counter
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
-from .modules import Linear
+from .folded import FoldedLinear, FoldedTorchLinear
+from .model import MLP
+from .modules import BatchNorm1d, Linear
+from .sequential import Residual, Sequential, is_plain
 
 CHECKED_ROWS = 64
+FOLDED: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: FoldedTorchLinear, Linear: FoldedLinear}
+FORWARDS = {kind: kind.forward for kind in (nn.Linear, Linear, nn.BatchNorm1d, BatchNorm1d)}
+
+
+# What runs the children of a container when it is called.
+METHODS = ("__call__", "forward", "run_all", "run_on_one_device", "run")
+
+
+def _runs(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """The METHODS of a class."""
+    return tuple(getattr(kind, name, None) for name in METHODS)
+
+
+CONTAINERS = [_runs(kind) for kind in (nn.Sequential, Sequential, Residual, MLP)]
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
@@ -20,14 +39,20 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     g w / sqrt(v + eps) and bias g (b - m) / sqrt(v + eps) + s, computed in float64. Each folded layer is compared with
     the two original layers on normally distributed input.
 
-    Batch norms without running averages, modules with hooks or parametrizations, subclasses of Linear, and modules that
-    are used more than once are not folded.
+    The new layer takes (N, in_features) only, and raises ValueError for other input: of (N, C, in_features) a
+    BatchNorm1d normalises C, which no linear layer can.
+
+    A pair is left as it is if calling its Sequential, or one of the two, does anything else than that of torch.nn or
+    fusemlp does: subclasses with methods of their own, replaced forwards, hooks, parametrizations, what `fuse` has made
+    of other classes. So are batch norms without running averages or of another size than the layer's output, tensors
+    of a subclass, and modules that are used more than once. A forward that reaches into a Sequential, for the weight or
+    the output of one of its layers, is not noticed: it sees the folded layers.
 
     Args:
         module: a module in evaluation mode. It is not changed.
 
     Returns:
-        The folded copy.
+        The folded copy. Where the children of a Sequential have numbers for names, they are numbered anew.
 
     Raises:
         ValueError: the module is in training mode.
@@ -38,23 +63,35 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
         raise ValueError("module: in training mode; call eval() first, because folding fixes the statistics")
     folded = copy.deepcopy(module)
     uses = Counter(id(child) for parent in folded.modules() for child in parent._modules.values())
-    for sequential in [each for each in folded.modules() if isinstance(each, nn.Sequential)]:
-        for position in reversed(range(len(sequential) - 1)):
-            linear, norm = sequential[position], sequential[position + 1]
+    for sequential in [each for each in folded.modules() if _calls_in_order(each)]:
+        children = sequential._modules
+        names = list(children)
+        for name, after in reversed([*pairwise(names)]):
+            linear, norm = children[name], children[after]
             if _foldable(linear, norm) and uses[id(linear)] == uses[id(norm)] == 1:
-                sequential[position] = _fold(linear, norm)  # pyright: ignore[reportArgumentType]
-                del sequential[position + 1]
+                children[name] = _fold(linear, norm)  # pyright: ignore[reportArgumentType]
+                del children[after]
+        if names == [*map(str, range(len(names)))]:
+            sequential._modules = dict(zip(names, children.values(), strict=False))
     return folded
 
 
-def _foldable(linear: nn.Module, norm: nn.Module) -> bool:
-    return (
-        type(linear) in (nn.Linear, Linear)
-        and isinstance(norm, nn.BatchNorm1d)
-        and norm.running_mean is not None
-        and not any(hooks for each in (linear, norm) for hooks in (each._forward_hooks, each._forward_pre_hooks))
-        and not any(torch.nn.utils.parametrize.is_parametrized(each) for each in (linear, norm))
-    )
+def _calls_in_order(module: nn.Module) -> bool:
+    """Whether calling the module only calls its children one after the other, or does so and adds a residual."""
+    return _runs(type(module)) in CONTAINERS and vars(module).keys().isdisjoint(METHODS)
+
+
+def _foldable(linear: nn.Module | None, norm: nn.Module | None) -> bool:
+    if not (isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d)):
+        return False
+    if not (is_plain(linear, FORWARDS) and is_plain(norm, FORWARDS)):
+        return False
+    weight, mean, var = linear.weight, norm.running_mean, norm.running_var
+    if mean is None or var is None or len(mean) != len(weight) or not weight.is_floating_point() or weight.is_meta:
+        return False
+    tensors = [t for t in (weight, linear.bias, mean, var, norm.weight, norm.bias) if t is not None]
+    dtypes = {weight.dtype} | ({torch.float32} if weight.dtype.itemsize == 2 else set())
+    return all(type(t) in (Tensor, nn.Parameter) and t.dtype in dtypes and t.device == mean.device for t in tensors)
 
 
 @torch.no_grad()
@@ -76,6 +113,7 @@ def _fold(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
         double(norm.bias, 0.0),
     )
     folded = copy.deepcopy(linear)
+    folded.__class__ = FOLDED[type(linear)]
     folded.weight = nn.Parameter(weight.to(linear.weight.dtype), linear.weight.requires_grad)
     folded.bias = nn.Parameter(bias.to(linear.weight.dtype), linear.weight.requires_grad)
     generator = torch.Generator(weight.device).manual_seed(0)

@@ -1,5 +1,8 @@
 """MLPs on several devices."""
 
+from typing import TYPE_CHECKING
+
+from ..kernels.lazy import files_of
 from .cross_entropy import vocab_parallel_cross_entropy
 from .gated import column_parallel_linear
 from .linear import ColumnParallelLinear, RowParallelLinear
@@ -19,3 +22,6 @@ __all__ = [
     "parallelize",
     "vocab_parallel_cross_entropy",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = files_of(__name__)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..kernels import launch
 from ..mlp.autocast import autocasts
@@ -22,6 +23,7 @@ from ..mlp.cross_entropy import per_row
 from ..mlp.loss_options import LossOptions
 from ..mlp.second_order import differentiable_grads
 from .collectives import Ranks, all_gather, gather_columns
+from .handshake import check_parts
 
 if launch.HAS_TRITON:
     from ..kernels.cross_entropy import (
@@ -63,40 +65,48 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits_shard: (N, part) or (N, part, d1, ...), of a floating dtype: the logits of this rank's classes, split as
-            `ColumnParallelLinear` splits its output.
+            `ColumnParallelLinear` splits its output and torch.chunk a tensor. It may be a DTensor that is cut in
+            dimension 1 over the mesh.
         target: Class indices (N, d1, ...) among all C classes, the same on every rank; or the probabilities of this
             rank's classes, of the shape of logits_shard and a floating dtype.
         weight: (C,), the weights of all classes, or None.
         mesh: The ranks that share the classes.
         ignore_index, reduction, label_smoothing: See `functional.cross_entropy`.
-        classes: C. It must be given if it is not a multiple of the number of ranks.
+        classes: C. Without it, the weight or a DTensor tells it. If these are not given either, C is the number of this
+            rank's classes times the number of ranks. So give it: only if C is known can whole logits be told from a
+            shard. Without it they are taken for one, and the loss is too large by the logarithm of the number of ranks.
+            It must be given if C is not a multiple of the number of ranks.
 
     Returns:
         The loss, the same on every rank: (N, d1, ...) for reduction "none", else (). See `functional.cross_entropy`.
 
     Raises:
-        ValueError: If the mesh has several dimensions, or the number of this rank's classes does not fit `classes`;
-            also as `functional.cross_entropy` does.
+        ValueError: If the mesh has several dimensions, or a DTensor is cut otherwise; on every rank, if a rank does not
+            hold its part of the classes; also as `functional.cross_entropy` does.
         TypeError, IndexError: As `functional.cross_entropy` does.
     """
     ranks = Ranks.of(mesh)
     if not isinstance(logits_shard, Tensor) or logits_shard.dim() < 2:
         shape = tuple(logits_shard.shape) if isinstance(logits_shard, Tensor) else type(logits_shard).__name__
         raise ValueError(f"logits_shard: {shape}; expected (N, part) or (N, part, d1, ...)")
+    if isinstance(logits_shard, DTensor):
+        classes = logits_shard.shape[1] if classes is None else classes
+        logits_shard = _local(logits_shard, mesh)
+    if weight is not None:
+        check_is_tensor("weight", weight)
+        classes = len(weight) if classes is None and weight.dim() == 1 else classes
     N, C, *places = logits_shard.shape
+    if not torch.compiler.is_compiling():  # which cannot wait for other ranks
+        check_parts(ranks, logits_shard.device.type, "logits_shard", C, classes)
     total = C * ranks.size if classes is None else classes
     part = ranks.part(total)
     if part.stop - part.start != C:
-        raise ValueError(
-            f"classes: {total} on {ranks.size} ranks give this one {part.stop - part.start}, but logits_shard has {C}"
-        )
+        raise ValueError(f"logits_shard: {C} classes on rank {ranks.rank}; of {total} it has {part.stop - part.start}")
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     seen = logits_shard if probabilities else logits_shard.new_empty(()).expand(N, total, *places)
     how = LossOptions(ignore_index, reduction, float(label_smoothing), autocasts(logits_shard))
-    if weight is not None:
-        check_is_tensor("weight", weight)
-        if weight.shape != (total,):
-            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
+    if weight is not None and weight.shape != (total,):
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
     check_loss(seen, target, weight[part] if probabilities and weight is not None else weight, how)
     S = math.prod(places)
     logits = logits_shard.reshape(N, C, S)
@@ -110,6 +120,16 @@ def vocab_parallel_cross_entropy(
     else:
         loss = VocabParallelCrossEntropyFunction.apply(logits, target, weight, shard, how)
     return loss.view(N, *places) if reduction == "none" else loss
+
+
+def _local(logits: DTensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of logits that are cut by classes."""
+    if logits.device_mesh != mesh or not logits.placements[0].is_shard(1):
+        raise ValueError(
+            f"logits_shard: a DTensor with placements {logits.placements} on {logits.device_mesh}; must be "
+            f"(Shard(dim=1),) on {mesh}"
+        )
+    return logits.to_local()
 
 
 def _weights(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard, smoothing: float) -> Tensor:

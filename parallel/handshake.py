@@ -2,6 +2,7 @@
 
 import hashlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,43 @@ def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
             found.append(f"{name}: {who} from rank {first}")
     if found:
         raise ValueError("; ".join(found))
+
+
+# By group, the sizes that `check_parts` has found right.
+_compared: WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int | None]]] = WeakKeyDictionary()
+
+
+def check_parts(ranks: Ranks, device_type: str, name: str, part: int, whole: int | None) -> None:
+    """Check that each rank holds its part of a dimension, as `Ranks.part` cuts it.
+
+    When a group has these sizes for the first time, the ranks exchange them in an all-gather and wait for it. Later
+    calls do nothing, so that the check may stand in every step.
+
+    Args:
+        ranks: The ranks. All of them must call this function.
+        device_type: See `check_alike`.
+        name: The name of the tensor for the error message.
+        part: Size of this rank's part.
+        whole: Size of the whole dimension. None if it is not known; then all parts must be equal.
+
+    Raises:
+        ValueError: On every rank, if a rank has another part, or another whole than the first rank.
+    """
+    compared = _compared.setdefault(ranks.group, set())
+    if (part, whole) in compared:
+        return
+    mine = torch.tensor([part, -1 if whole is None else whole], device=device_type)
+    all_of_them = [torch.empty_like(mine) for _ in range(ranks.size)]
+    dist.all_gather(all_of_them, mine, group=ranks.group)
+    parts, wholes = torch.stack(all_of_them).t().tolist()
+    if len({*wholes}) > 1:
+        raise ValueError(f"classes: {[each if each >= 0 else None for each in wholes]} on the ranks; must be the same")
+    if whole is None and len({*parts}) > 1:
+        raise ValueError(f"{name}: {parts} classes on the ranks; if they are not equal, give their sum as classes")
+    cuts = [] if whole is None else [ranks.part(whole, rank) for rank in range(ranks.size)]
+    if whole is not None and parts != (expected := [cut.stop - cut.start for cut in cuts]):
+        raise ValueError(f"{name}: {parts} classes on the ranks; {whole} classes are cut into {expected}")
+    compared.add((part, whole))
 
 
 def random_state(device_type: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -105,9 +106,11 @@ def test_a_public_name_is_found_at_the_top(name):
     assert name in dir(fusemlp)
 
 
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'fusemlp' has no attribute 'MPL'"):
-        _ = fusemlp.MPL
+@pytest.mark.parametrize("name", ["fusemlp.MPL", "fusemlp.kernels.MPL", "fusemlp.mlp.training.MPL", "fusemlp.docs"])
+def test_an_unknown_name_is_an_attribute_error(name):
+    parent, _, last = name.rpartition(".")
+    with pytest.raises(AttributeError, match=f"module '{parent}' has no attribute '{last}'"):
+        getattr(importlib.import_module(parent), last)
 
 
 def test_the_version_is_the_installed_one():
@@ -166,6 +169,25 @@ def test_training_needs_neither_triton_nor_the_repository_on_the_path(tmp_path):
 def test_importing_the_package_loads_neither_torch_nor_triton(tmp_path):
     done = run_python("import sys, fusemlp; print({'torch', 'triton'} & sys.modules.keys())", tmp_path)
     assert done.stdout == "set()\n", done.stderr
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = sorted({name for page in PAGES for name in re.findall(r"\bfusemlp(?:\.\w+)+", page.read_text())})
+# What no page writes yet.
+WRITTEN += ["fusemlp.parallel.cross_entropy.by_torch", "fusemlp.bench.codegen"]
+
+
+def in_order_of_import(name):
+    """So that nothing has imported a folder, or a file of it, before its name is looked up."""
+    folder = name.split(".")[1]
+    return (ORDER.index(folder) if folder in ORDER else len(ORDER), -name.count("."))
+
+
+def test_the_names_that_the_pages_write_are_there_once_fusemlp_is_imported(tmp_path):
+    assert "fusemlp.kernels.cost.ledger" in WRITTEN
+    names = sorted(WRITTEN, key=in_order_of_import)
+    done = run_python(f"import fusemlp\n{'; '.join(names)}\nprint('all')", tmp_path)
+    assert done.stdout == "all\n", done.stderr
 
 
 def test_a_wrong_backend_in_the_environment_is_refused(tmp_path):

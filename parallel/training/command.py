@@ -20,6 +20,7 @@ from ...mlp.training.checkpoint import load_checkpoint
 from ...mlp.training.command import INTERRUPTED, console, fit, introduce, show_report, verify
 from ...mlp.training.data import Data, load_data
 from ...mlp.training.errors import CannotWrite, Diverged, InputError, Interrupted
+from ...mlp.training.optim import OPTIMIZERS
 from ...mlp.training.options import Options, configuration, parse_options, resolve_device
 from ...mlp.training.parser import count, make_parser
 from ...mlp.training.predict import KEPT
@@ -36,6 +37,8 @@ from .train import ParallelTraining
 PROG = "fusemlp.parallel"
 # Seconds that a rank waits for rank 0 to print an error.
 PATIENCE = 5
+# Optimizers that cannot step DTensors.
+OF_WHOLE_PARAMETERS = {"adafactor"}
 
 
 def make_degrees_parser() -> ArgumentParser:
@@ -182,6 +185,23 @@ def make_layout(degrees: Namespace) -> Layout:
     )
 
 
+def check_optimizer(name: str, layout: Layout) -> None:
+    """Check that an optimizer can step the parameters that a rank of the layout holds.
+
+    Those of tensor- and data-parallel ranks are DTensors. PyTorch's Adafactor changes norms of parameters in place, and
+    DTensor has no rule for that.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    if name in OF_WHOLE_PARAMETERS and (layout.tp > 1 or layout.dp > 1):
+        tp, dp, others = layout.tp, layout.dp, ", ".join(sorted({*OPTIMIZERS} - OF_WHOLE_PARAMETERS))
+        raise InputError(
+            f"argument --optimizer: {name} cannot step parameters that --tp {tp} x --dp {dp} ranks share; "
+            f"allowed are {others}, or {name} on pipeline ranks alone (--pp)"
+        )
+
+
 def join(layout: Layout, timeout: timedelta, options: Options, data: Data, device_type: str) -> DeviceMesh:
     """Initialise the process group and arrange the ranks in a mesh.
 
@@ -231,6 +251,7 @@ def run(argv: Sequence[str]) -> int:
     data = load_data(options.source)
     device_type = resolve_device(options.device).type
     layout = make_layout(degrees)
+    check_optimizer(options.optimizer, layout)
     mesh = join(layout, timedelta(seconds=degrees.timeout), options, data, device_type)
     folder = Path(agreed(options.out or f"runs/{data.name}-{datetime.now():%Y%m%d-%H%M%S}"))
     training = ParallelTraining(options, data, folder, layout, mesh)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ...mlp.model import MLP
 from ...mlp.sequential import begins_layer
@@ -39,7 +40,8 @@ def build_stages(model: MLP, layout: Layout, mesh: DeviceMesh, device: torch.dev
         The pipeline stages of this rank, by number. All weights are those that the net has on one process.
 
     Raises:
-        InputError: If there are more stages than linear layers.
+        InputError: If there are more stages than linear layers, or if a tensor-parallel rank has an empty part although
+            there are data-parallel ranks.
         ValueError: If a layer cannot be split over the tensor-parallel ranks.
     """
     mine = range(mesh["pp"].get_local_rank(), layout.stages, layout.pp)
@@ -61,6 +63,8 @@ def _build_stage(stage: MLP, layout: Layout, mesh: DeviceMesh, device: torch.dev
         convert_sync_batch_norm(stage, layout.data_parallel(mesh))
     if layout.tp > 1:
         parallelize(stage, mesh["tp"], uneven=layout.uneven)
+        if layout.dp > 1:
+            _check_parts(stage, layout)
     if layout.dp == 1:
         _draw(stage, device)
         return stage
@@ -73,6 +77,19 @@ def _build_stage(stage: MLP, layout: Layout, mesh: DeviceMesh, device: torch.dev
     whole = nn.Sequential(OrderedDict((f"block{number}", block) for number, block in enumerate(blocks)))
     fully_shard(whole, mesh=sharding)
     return whole
+
+
+def _check_parts(stage: nn.Module, layout: Layout) -> None:
+    """Raise InputError if a tensor-parallel rank has an empty part, whose gradient fully_shard cannot sum."""
+    for name, parameter in stage.named_parameters():
+        if isinstance(parameter, DTensor):
+            (placement,) = parameter.placements
+            size = parameter.shape[placement.dim] if isinstance(placement, Shard) else layout.tp
+            if -(-size // layout.tp) * (layout.tp - 1) >= size:
+                raise InputError(
+                    f"argument --uneven: size {size} of {name!r} leaves one of {layout.tp} tensor-parallel ranks "
+                    f"without a part, which does not fit --dp {layout.dp}; a multiple of {layout.tp} does"
+                )
 
 
 def _draw(block: MLP, device: torch.device) -> None:

@@ -82,6 +82,10 @@ REFUSED = {
     "stages": (["--pp", "2", "--stages-per-rank", "2"], "argument --stages-per-rank: 2 with --schedule-pp 1f1b"),
     "schedule": (["--schedule-pp", "interleaved"], "argument --schedule-pp: interleaved without pipeline ranks"),
     "option": (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
+    "sharded optimizer": (
+        ["--tp", "2", "--optimizer", "adafactor"],
+        "argument --optimizer: adafactor cannot step parameters that --tp 2 x --dp 1 ranks share; allowed are ",
+    ),
     "device": (["--device", "cuda:0"], "argument --device: 'cuda:0'; every rank takes the GPU of its own number"),
     "nothing to resume": (["--resume"], "checkpoint.json does not exist"),
 }

@@ -1,5 +1,7 @@
 """Cross-entropy with the classes cut over ranks: every option, as one rank alone has it."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from fusemlp.kernels import launch
@@ -8,6 +10,7 @@ from fusemlp.parallel.collectives import Collective, Ranks, ledger
 from losses import OPTIONS
 from ranks import everyone, on_ranks, whole
 from tolerance import assert_as_close_as_torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as torch_F
 
 ROWS = 7
@@ -126,9 +129,18 @@ BAD = {
     "weight": (
         ValueError,
         r"weight: shape \(8,\); expected \(C,\) = \(16,\)",
-        lambda x, t, m: ((x, t, torch.ones(8)), {}),
+        lambda x, t, m: ((x, t, torch.ones(8)), {"classes": 16}),
     ),
-    "classes": (ValueError, "classes: 20 on 2 ranks", lambda x, t, m: ((x, t), {"classes": 20})),
+    "classes": (
+        ValueError,
+        r"logits_shard: \[8, 8\] classes on the ranks; 20 classes are cut into \[10, 10\]",
+        lambda x, t, m: ((x, t), {"classes": 20}),
+    ),
+    "replicated": (
+        ValueError,
+        r"logits_shard: a DTensor with placements \(Replicate\(\),\)",
+        lambda x, t, m: ((distribute_tensor(x, m, [Replicate()]), t), {}),
+    ),
     "reduction": (ValueError, "reduction: 'max'", lambda x, t, m: ((x, t), {"reduction": "max"})),
     "index": (IndexError, "target: 16; class indices go from 0 to 15", lambda x, t, m: ((x, t + 16), {})),
 }
@@ -146,6 +158,85 @@ def refuse(case):
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case):
     on_ranks(2, refuse, case)
+
+
+def wrong_parts(cut, classes, weighted):
+    """What is said of the parts of 10 classes that `cut` makes."""
+    mesh = everyone()
+    logits, target = made("indices", 10)
+    weight = torch.ones(10, dtype=logits.dtype) if weighted else None
+    with pytest.raises(ValueError, match="classes") as error:
+        vocab_parallel_cross_entropy(
+            CUTS[cut](logits, mesh), target, weight, mesh=mesh, classes=classes[mesh.get_local_rank()]
+        )
+    return str(error.value)
+
+
+CUTS = {
+    "whole": lambda logits, mesh: logits,
+    "chunk": part,
+    "tensor_split": lambda logits, mesh: logits.tensor_split(mesh.size(), 1)[mesh.get_local_rank()],
+}
+WRONG_PARTS = {
+    "whole logits, classes": ("whole", [10] * 4, False, "[10, 10, 10, 10] classes on the ranks; 10 classes are cut"),
+    "whole logits, weight": ("whole", [None] * 4, True, "[10, 10, 10, 10] classes on the ranks; 10 classes are cut"),
+    "other parts": ("tensor_split", [10] * 4, False, "[3, 3, 2, 2] classes on the ranks; 10 classes are cut"),
+    "unequal, no classes": (
+        "chunk",
+        [None] * 4,
+        False,
+        "[3, 3, 3, 1] classes on the ranks; if they are not equal, give",
+    ),
+    "other classes": ("chunk", [10, 10, 10, 11], False, "classes: [10, 10, 10, 11] on the ranks"),
+    "classes of one": ("chunk", [10, None, None, None], False, "classes: [10, None, None, None] on"),
+}
+
+
+@pytest.mark.parametrize(("cut", "classes", "weighted", "message"), WRONG_PARTS.values(), ids=WRONG_PARTS)
+def test_wrong_parts_are_an_error_on_every_rank(cut, classes, weighted, message):
+    (said,) = {*on_ranks(4, wrong_parts, cut, classes, weighted)}
+    assert message in said
+
+
+def exchanges():
+    """The number of exchanges of sizes in two steps with and two without the number of classes."""
+    mesh = everyone()
+    logits, target = made("indices", 16)
+    with patch.object(torch.distributed, "all_gather", wraps=torch.distributed.all_gather) as gather:
+        for classes in (None, None, 16, 16):
+            vocab_parallel_cross_entropy(part(logits, mesh), target, mesh=mesh, classes=classes)
+    return gather.call_count
+
+
+def test_sizes_are_exchanged_once():
+    assert on_ranks(2, exchanges) == [2, 2]
+
+
+def of_a_weight():
+    """The weight tells the number of classes."""
+    mesh = everyone()
+    logits, target = made("indices", 9)
+    weight = torch.rand(9, dtype=logits.dtype)
+    torch.testing.assert_close(step(part(logits, mesh), target, weight, mesh)[0], step(logits, target, weight, None)[0])
+
+
+def of_a_dtensor(backend):
+    """A DTensor tells the number of classes, and gets its gradient as one."""
+    mesh = everyone()
+    logits, target = made("indices", 9)
+    expected = step(logits, target, None, None)
+    with launch.backend(backend):
+        loss, grad = step(distribute_tensor(logits, mesh, [Shard(1)]), target, None, mesh)
+    torch.testing.assert_close((loss, whole(grad)), expected)
+
+
+def test_a_weight_tells_the_number_of_classes():
+    on_ranks(4, of_a_weight)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_dtensor_of_logits(backend):
+    on_ranks(4, of_a_dtensor, backend)
 
 
 def no_rows(backend):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from fusemlp.mlp.training.data import load_data
 from fusemlp.mlp.training.errors import InputError
+from fusemlp.mlp.training.optim import OPTIMIZERS, make_optimizer, make_scheduler
 from fusemlp.mlp.training.options import parse_options
 from fusemlp.mlp.training.train import Training
+from fusemlp.parallel.training.command import check_optimizer
 from fusemlp.parallel.training.layout import Layout
 from fusemlp.parallel.training.train import ParallelTraining
 from ranks import on_ranks
@@ -87,6 +89,66 @@ def test_the_losses_are_those_of_one_process(layout, options, tmp_path):
     alone = losses(Training(*options_and_data(options), tmp_path))
     for found in on_ranks(layout.pp * layout.dp * layout.tp, train, layout, str(tmp_path), options):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=1e-4, atol=1e-5)
+
+
+def steps_of(training, names):
+    """The loss before a step of each optimizer in turn, and after the last one."""
+    losses = []
+    for name in (*names, "sgd"):
+        training.optimizer = make_optimizer(name, training.model, None, 0.01)
+        training.scheduler = make_scheduler("constant", training.optimizer, 1, 0.0)
+        losses.append(training.step(training.train.x[:24], training.train.y[:24]))
+    return torch.stack(losses)
+
+
+def is_refused(name, layout):
+    try:
+        check_optimizer(name, layout)
+    except InputError:
+        return True
+    return False
+
+
+SMALL = ["--hidden", "15"]
+LAYOUTS_OF_RANKS = {
+    2: {
+        "ddp": Layout(dp=2),
+        "fsdp": Layout(dp=2, dp_mode="fsdp"),
+        "tp": Layout(tp=2, uneven=True),
+        "pp": Layout(pp=2),
+    },
+    4: {
+        "tp x ddp": Layout(tp=2, dp=2, uneven=True),
+        "tp x fsdp": Layout(tp=2, dp=2, dp_mode="fsdp", uneven=True),
+        "pp x ddp": Layout(pp=2, dp=2),
+        "pp x fsdp": Layout(pp=2, dp=2, dp_mode="fsdp"),
+        "pp x tp": Layout(pp=2, tp=2, uneven=True),
+    },
+}
+
+
+def steps_by_layout(folder, layouts):
+    """By layout, the optimizers that are refused, and the losses of steps of the others."""
+    found = {}
+    for which, layout in layouts.items():
+        refused = {name for name in OPTIMIZERS if is_refused(name, layout)}
+        names = [name for name in OPTIMIZERS if name not in refused]
+        found[which] = refused, steps_of(start(layout, folder, *SMALL), names)
+    return found
+
+
+@pytest.mark.parametrize("world", LAYOUTS_OF_RANKS)
+def test_each_optimizer_steps_as_on_one_process_or_is_refused(world, tmp_path):
+    layouts = LAYOUTS_OF_RANKS[world]
+    alone = {
+        names: steps_of(Training(*options_and_data(SMALL), tmp_path), names)
+        for names in (tuple(OPTIMIZERS), tuple(name for name in OPTIMIZERS if name != "adafactor"))
+    }
+    for found in on_ranks(world, steps_by_layout, str(tmp_path), layouts):
+        for which, (refused, losses) in found.items():
+            assert refused == (set() if which == "pp" else {"adafactor"}), which
+            names = tuple(name for name in OPTIMIZERS if name not in refused)
+            torch.testing.assert_close(losses, alone[names], rtol=1e-4, atol=1e-5, msg=which)
 
 
 class Interrupted(Exception):
@@ -245,20 +307,33 @@ def test_a_rank_that_draws_by_itself_is_found(tmp_path):
     on_ranks(2, draw_by_itself, str(tmp_path))
 
 
-def refuse_to_build(layout, folder, message):
+def refuse_to_build(layout, folder, message, hidden):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        start(layout, folder, "--hidden", "15", "8", "6")
+        start(layout, folder, "--hidden", *hidden)
 
 
 UNFIT = {
-    "width": (Layout(tp=2), "out_features of '0': 15 does not divide by 2 ranks; the nearest that do are 14 and 16 "),
-    "stages": (Layout(pp=5), "argument --pp: 5 stages; at most 4 are allowed, one for each linear layer"),
+    "width": (
+        Layout(tp=2),
+        "out_features of '0': 15 does not divide by 2 ranks; the nearest that do are 14 and 16 ",
+        ["15", "8", "6"],
+    ),
+    "stages": (
+        Layout(pp=5),
+        "argument --pp: 5 stages; at most 4 are allowed, one for each linear layer",
+        ["15", "8", "6"],
+    ),
+    "empty part": (
+        Layout(tp=2, dp=2, uneven=True),
+        "argument --uneven: size 1 of '0.weight' leaves one of 2 tensor-parallel ranks without a part",
+        ["1", "8", "6"],
+    ),
 }
 
 
-@pytest.mark.parametrize(("layout", "message"), UNFIT.values(), ids=UNFIT)
-def test_nets_that_the_ranks_cannot_share_are_refused(layout, message, tmp_path):
-    on_ranks(layout.pp * layout.tp, refuse_to_build, layout, str(tmp_path), message)
+@pytest.mark.parametrize(("layout", "message", "hidden"), UNFIT.values(), ids=UNFIT)
+def test_nets_that_the_ranks_cannot_share_are_refused(layout, message, hidden, tmp_path):
+    on_ranks(layout.pp * layout.dp * layout.tp, refuse_to_build, layout, str(tmp_path), message, hidden)
 
 
 def recovered(layout, folder, options):
