@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from .block import become, block_of, fused_class, modules_of
 from .calls import CannotFollow
 from .check import FLOATING
+from .folded import FoldedLinear, FoldedTorchLinear
 from .model import MLP
 from .modules import (
     BatchNorm1d,
@@ -28,6 +29,7 @@ from .table import as_text
 
 NAMESAKES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
+    FoldedTorchLinear: FoldedLinear,
     nn.BatchNorm1d: BatchNorm1d,
     nn.LayerNorm: LayerNorm,
     nn.RMSNorm: RMSNorm,

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
 from .check import FLOATING
+from .folded import FoldedLinear, FoldedTorchLinear
 from .layer import Layer
 from .linear import linear_chain
 from .modules import BatchNorm1d, Dropout, LayerNorm, Linear, RMSNorm, norm_of, row_norm_of
@@ -176,6 +177,8 @@ def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[La
         return _residual_layer(linear, dims), 1
     if not isinstance(linear, nn.Linear) or not is_plain(linear) or linear.weight.dtype not in FLOATING:
         return None, 1
+    if dims != 2 and isinstance(linear, FoldedLinear | FoldedTorchLinear):
+        return None, 1  # its forward refuses the input
     norm = activation = None
     p = 0.0
     end = position + 1
@@ -233,7 +236,8 @@ _NAMES = {_kind(make()): name for name, make in ACTIVATION_MODULES.items()}
 FORWARDS = {
     kind: kind.forward
     for kind in (
-        *(Linear, nn.Linear, BatchNorm1d, nn.BatchNorm1d, LayerNorm, RMSNorm, Dropout, Residual),
+        *(Linear, nn.Linear, FoldedLinear, FoldedTorchLinear),
+        *(BatchNorm1d, nn.BatchNorm1d, LayerNorm, RMSNorm, Dropout, Residual),
         *(type(make()) for make in ACTIVATION_MODULES.values()),
     )
 }

@@ -6,7 +6,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from fusemlp.mlp import MLP, BatchNorm1d, Linear, LinearReLU, Residual, Sequential, fold_batch_norm, fuse
+from fusemlp.mlp import MLP, BatchNorm1d, Linear, LinearReLU, Residual, Sequential, fold_batch_norm, fuse, to_torch
+from fusemlp.mlp.sequential import layer_at
 from torch import nn
 
 
@@ -104,6 +105,22 @@ def test_a_folded_module_is_a_module_like_others(make, keep, x):
     torch.testing.assert_close(kept(x), net(x))
     with pytest.raises(Exception, match="takes \\(N, in_features\\)"):
         kept(x.expand(4, 20, 6))
+
+
+@pytest.mark.parametrize("make", SQUARE.values(), ids=SQUARE)
+def test_a_folded_layer_is_one_layer_with_its_activation(make, device):
+    folded = [*fold_batch_norm(trained(make(), device))]
+    layer, count = layer_at(folded, 0, 2)
+    assert (layer.activation, count) == ("relu", 2)
+    assert layer_at(folded, 0, 3) == (None, 1)
+
+
+def test_fuse_and_to_torch_know_folded_layers(x):
+    net = fold_batch_norm(trained(SQUARE["nn.Sequential"](), x.device))
+    fused = fuse(net)
+    assert [type(child).__name__ for child in fused] == ["FoldedLinear", "ReLU"]
+    assert [type(child).__name__ for child in to_torch(fused)] == ["FoldedTorchLinear", "ReLU"]
+    torch.testing.assert_close(fused(x), net(x))
 
 
 def test_children_keep_their_names(x):
