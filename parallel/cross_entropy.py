@@ -19,6 +19,7 @@ from ..mlp.autocast import autocasts
 from ..mlp.autograd import Function
 from ..mlp.check import check_indices, check_is_tensor, check_loss
 from ..mlp.cross_entropy import per_row
+from ..mlp.errors import ArgumentTypeError, ArgumentValueError
 from ..mlp.loss_options import LossOptions
 from ..mlp.second_order import differentiable_grads
 from .collectives import Ranks, all_gather, gather_columns
@@ -82,12 +83,14 @@ def vocab_parallel_cross_entropy(
     ranks = Ranks.of(mesh)
     if not isinstance(logits_shard, Tensor) or logits_shard.dim() < 2:
         shape = tuple(logits_shard.shape) if isinstance(logits_shard, Tensor) else type(logits_shard).__name__
-        raise ValueError(f"logits_shard: {shape}; expected (N, part) or (N, part, d1, ...)")
+        raise ArgumentValueError(f"logits_shard: {shape}; expected (N, part) or (N, part, d1, ...)")
+    if not logits_shard.is_floating_point():
+        raise ArgumentTypeError(f"logits_shard: dtype {logits_shard.dtype}; must be a floating dtype")
     N, C, *places = logits_shard.shape
     total = C * ranks.size if classes is None else classes
     part = ranks.part(total)
     if part.stop - part.start != C:
-        raise ValueError(
+        raise ArgumentValueError(
             f"classes: {total} on {ranks.size} ranks give this one {part.stop - part.start}, but logits_shard has {C}"
         )
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
@@ -96,7 +99,7 @@ def vocab_parallel_cross_entropy(
     if weight is not None:
         check_is_tensor("weight", weight)
         if weight.shape != (total,):
-            raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
+            raise ArgumentValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
     check_loss(seen, target, weight[part] if probabilities and weight is not None else weight, how)
     S = math.prod(places)
     logits = logits_shard.reshape(N, C, S)
