@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
 from . import reference
-from .autocast import loss_dtype
+from .autocast import autocasts, loss_dtype
 from .autograd import Function
 from .check import check_is_tensor, check_normalized_shape, kernels_take
 from .dropout import DropoutFunction
@@ -89,9 +89,10 @@ def _normalize_last(input: Tensor, normalized_shape: Sequence[int], norm: RowNor
         shape = tuple(torch.Size(normalized_shape))
     except TypeError as error:
         raise ArgumentTypeError(f"normalized_shape: {normalized_shape!r}; must be a sequence of int") from error
-    if input.is_cuda:
-        input, *params = (t if t is None else t.to(loss_dtype(t)) for t in (input, norm.weight, norm.bias))
-        norm = norm._replace(weight=params[0], bias=params[1])
+    if input.is_cuda and autocasts(input):
+        input = input.to(loss_dtype(input))
+        weight, bias = (None if t is None else t.to(loss_dtype(t)) for t in (norm.weight, norm.bias))
+        norm = norm._replace(weight=weight, bias=bias)
     check_normalized_shape(input, shape, norm)
     if len(shape) == 1:
         return row_norm_act_dropout(input, norm, None, 0.0)

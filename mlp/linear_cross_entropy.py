@@ -214,11 +214,10 @@ def _loss_and_grads(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss by PyTorch's own chunks, and its wanted gradients with respect to x, w and b."""
     with torch.enable_grad():
-        leaves = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip((x, w, b), wanted, strict=True)
-        ]
-        loss = _by_chunks_of_torch(*leaves, target, weight, chunks, options)
-    asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+        x, w = (t.detach().requires_grad_(need) for t, need in zip((x, w), wanted, strict=False))
+        b = None if b is None else b.detach().requires_grad_(wanted[2])
+        loss = _by_chunks_of_torch(x, w, b, target, weight, chunks, options)
+    asked = [t for t in (x, w, b) if t is not None and t.requires_grad]
     return loss.detach(), torch.autograd.grad(loss, asked, grad_output)
 
 
