@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         fuse,
         fuse_report,
         make_graphed_step,
+        patch_torch,
         to_torch,
         unfuse,
     )
@@ -73,6 +74,7 @@ __all__ = [
     "fuse_report",
     "make_graphed_step",
     "parallelize",
+    "patch_torch",
     "to_torch",
     "unfuse",
     "vocab_parallel_cross_entropy",

@@ -16,6 +16,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is decorated, so it is fixed for the whole process.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
+# The dtypes of inputs that kernels compute.
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Backend = Literal["auto", "triton", "torch"]
 
 
@@ -75,7 +77,9 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
             return Choice("torch", "an empty tensor launches nothing")
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
             return Choice("torch", "tensor subclasses, sparse and nested tensors dispatch by themselves")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if first.dtype not in FLOATING:
+        return Choice("torch", f"kernels do not compute {first.dtype}")
+    if transforms_active():
         return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
     if torch._C._get_tracing_state() is not None:
         return Choice("torch", "torch.jit.trace records PyTorch's own operations")
@@ -93,6 +97,11 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
             "tensors and TRITON_INTERPRET=1 set before fusemlp is imported"
         )
     return Choice("torch", f"tensors on {first.device.type} are served by PyTorch")
+
+
+def transforms_active() -> bool:
+    """Whether this code runs inside torch.func or forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result

@@ -18,6 +18,7 @@ from .modules import (
     LinearReLU,
     RMSNorm,
 )
+from .patch import patch_torch
 from .sequential import Residual, Sequential
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fuse",
     "fuse_report",
     "make_graphed_step",
+    "patch_torch",
     "to_torch",
     "unfuse",
 ]

@@ -44,13 +44,14 @@ def batch_norm(
             are then updated in place with the mean and the unbiased variance of the batch. Otherwise the input is
             normalised by running_mean and running_var.
         momentum: weight of the new batch in the running averages.
-        eps: added to the variance.
+        eps: added to the variance; positive in training, else not negative.
 
     Returns:
         A tensor of input's shape and dtype.
 
     Raises:
-        ValueError: a wrong shape or device, a missing running average, or only one value for each channel in training.
+        ValueError: a wrong shape, device or eps, a missing running average, or only one value for each channel in
+            training.
         TypeError: a wrong type or dtype.
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)

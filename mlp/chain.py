@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch
+from . import torch_functional
 from .autograd import Function
 from .batch_norm import Tail, count_cumulative_batch, norm_act_dropout_by_torch
 from .layer import Layer, Norm, Params, RowNorm
@@ -332,7 +333,7 @@ def _output(layer: Layer, kept: Kept) -> Tensor:
 def _chain_by_torch(input: Tensor, layers: Sequence[Layer], params: Sequence[Params], kept: Sequence[Kept]) -> Tensor:
     """The chain by differentiable operations, with the same dropout masks. Running averages are not updated."""
     for layer, (weight, bias, norm_weight, norm_bias), each in zip(layers, params, kept, strict=True):
-        preact = torch.nn.functional.linear(input, weight, bias)
+        preact = torch_functional.linear(input, weight, bias)
         if isinstance(layer.norm, RowNorm):
             row_tail = _row_tail(layer.norm, layer)
             output = row_norm_act_dropout_by_torch(preact, norm_weight, norm_bias, each.seed, row_tail)

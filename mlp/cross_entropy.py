@@ -3,13 +3,16 @@
 # (kernels are called only where launch.explain has found Triton)
 
 import os
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
 from ..kernels import launch
-from .autocast import autocasts
+from . import torch_functional
+from .autocast import autocasts, loss_dtype
 from .autograd import Function
 from .check import check_indices, check_loss
 from .loss_options import LossOptions
@@ -26,8 +29,9 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    *,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -39,15 +43,18 @@ def cross_entropy(
         input: logits (C,), (N, C) or (N, C, d1, ...), of a floating dtype.
         target: class indices, int64 or uint8, of input's shape without C; or class probabilities, of input's shape and
             a floating dtype.
-        weight: w, (C,), the weights of the classes; None means 1 for every class.
-        ignore_index: samples with this class index have loss 0.
+        weight: w, (C,), the weights of the classes; None means 1 for every class. For class indices it has input's
+            dtype. Under torch.autocast all floating tensors but those of float64 count as float32.
+        size_average, reduce: deprecated; they replace `reduction` as in PyTorch, with its warning.
+        ignore_index: samples with this class index have loss 0. For probabilities it must be negative.
         reduction: "none" for the loss of each sample; "sum"; or "mean", the sum divided by the sum of the weights of
             the indices that are not ignored. For probabilities, "mean" divides by the number of samples.
         label_smoothing: in [0, 1]; replaces y by (1 - label_smoothing) y + label_smoothing / C.
 
     Returns:
         The loss: of input's shape without C for reduction "none", else (). It has input's dtype; under torch.autocast
-        it is float32, and the logits are not copied.
+        it is float32, and the logits are not copied. PyTorch computes the loss of probabilities if they or `weight`
+        are of another dtype. It then has the dtype to which PyTorch promotes them.
 
     Raises:
         ValueError: a wrong shape, device, reduction, ignore_index or label_smoothing.
@@ -56,12 +63,13 @@ def cross_entropy(
             for the device. No memory is read at such an index, and the sample's loss and gradient are nan. The
             environment variable FUSEMLP_DEBUG=1 enables the check.
     """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
     options = LossOptions(ignore_index, reduction, label_smoothing)
     check_loss(input, target, weight, options)
     served = launch.explain(input, target, weight, product=False)
-    mixed = any(t is not None and t.is_floating_point() and t.dtype.itemsize > 4 for t in (target, weight))
-    if served.backend == "torch" or target.requires_grad or (mixed and input.dtype != torch.float64):
-        return torch.nn.functional.cross_entropy(input, target, weight, **options.keywords())
+    if served.backend == "torch" or target.requires_grad or not one_dtype(input, target, weight):
+        return torch_functional.cross_entropy(input, target, weight, **options.keywords())
     classes = input.shape[0 if input.dim() == 1 else 1]
     if os.environ.get("FUSEMLP_DEBUG") == "1" and not target.is_floating_point():
         check_indices(target, ignore_index, classes)
@@ -72,9 +80,19 @@ def cross_entropy(
         input.reshape(*samples, classes, -1),
         target.reshape(*samples, classes, -1) if probabilities else target.reshape(*samples, -1).long().contiguous(),
         None if weight is None else weight.contiguous(),
-        options._replace(label_smoothing=float(label_smoothing), float32=autocasts(input)),
+        options._replace(
+            ignore_index=index(ignore_index), label_smoothing=float(label_smoothing), float32=autocasts(input)
+        ),
     )
     return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss
+
+
+def one_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether probabilities and class weights, if given, count as tensors of input's dtype."""
+    wanted = loss_dtype(input)
+    if target.is_floating_point() and loss_dtype(target) != wanted:
+        return False
+    return weight is None or loss_dtype(weight) == wanted
 
 
 def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Tensor:
@@ -95,7 +113,7 @@ def per_row(grad_output: Tensor, samples: tuple[int, int], reduction: str) -> Te
 def cross_entropy_by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """The loss of logits (N, C, S) by differentiable operations of PyTorch."""
     logits = logits.float() if options.float32 and logits.dtype != torch.float64 else logits
-    return torch.nn.functional.cross_entropy(logits, target, weight, **options.keywords())
+    return torch_functional.cross_entropy(logits, target, weight, **options.keywords())
 
 
 class CrossEntropyFunction(Function):

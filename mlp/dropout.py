@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import launch
-from . import reference
+from . import reference, torch_functional
 from .autograd import Function
-from .check import check_probability
+from .check import check_is_tensor, check_probability
 from .layer import Columns
 from .tracing import overridable
 
@@ -19,7 +19,7 @@ if launch.HAS_TRITON:
 
 
 @overridable
-def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero each element with probability p and multiply the others by 1 / (1 - p).
 
     The mask depends on a seed, which is drawn from PyTorch's generator of the input's device, and on the position of
@@ -29,14 +29,19 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         input: any shape, of a floating dtype.
         p: probability of dropping an element, in [0, 1].
         training: if False, the input is returned unchanged.
+        inplace: whether to change the input and return it. PyTorch then computes the dropout and stores its mask.
 
     Returns:
         A tensor of input's shape and dtype.
 
     Raises:
         ValueError: p is not in [0, 1].
+        TypeError: a wrong type.
     """
+    check_is_tensor("input", input)
     check_probability("p", p)
+    if inplace:
+        return torch_functional.dropout(input, p, training, True)
     if not training or p == 0:
         return input
     return drop(input, p)

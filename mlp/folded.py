@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .errors import ArgumentValueError
 from .modules import Linear
 from .tracing import leaf
 
@@ -17,7 +18,7 @@ class _OfRows(nn.Module):
     @leaf
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor) and input.dim() != 2:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"input: shape {tuple(input.shape)}; a linear layer that a batch norm is folded into takes "
                 "(N, in_features), because BatchNorm1d normalises dimension 1; for other input take the module that "
                 "was folded"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from ..kernels.launch import FLOATING
 from .block import become, block_of, fused_class, modules_of
 from .calls import CannotFollow
-from .check import FLOATING
 from .folded import FoldedLinear, FoldedTorchLinear
 from .model import MLP
 from .modules import (

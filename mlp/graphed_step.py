@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .check import check_is_tensor
+from .errors import ArgumentValueError
 
 # PyTorch asks for a few eager steps on a side stream before a capture. They allocate what is allocated once: the state
 # of the optimizer, workspaces of libraries, compiled kernels.
@@ -176,7 +177,7 @@ class GraphedStep:
 def _check_alike(name: str, given: Tensor, sample: Tensor) -> None:
     check_is_tensor(name, given)
     if given.shape != sample.shape or given.dtype != sample.dtype:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name}: {tuple(given.shape)}, {given.dtype}; the step was made for {tuple(sample.shape)}, "
             f"{sample.dtype}. Leave out an incomplete last batch (DataLoader(drop_last=True)), or make a step for each "
             "shape"

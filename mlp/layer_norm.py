@@ -11,10 +11,11 @@ from torch import Tensor
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
 from . import reference
-from .autocast import autocasts
+from .autocast import autocasts, loss_dtype
 from .autograd import Function
-from .check import check_normalized_shape
+from .check import check_is_tensor, check_normalized_shape, kernels_take
 from .dropout import DropoutFunction
+from .errors import ArgumentTypeError
 from .layer import RowNorm
 from .second_order import differentiable_grads
 from .tracing import overridable
@@ -35,8 +36,8 @@ def layer_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias, by the mean and biased variance of each row (Ba et al. 2016).
 
     Args:
-        input: (*, *normalized_shape), float32, float16, bfloat16 or float64. Under torch.autocast on a GPU it is cast
-            to float32.
+        input: (*, *normalized_shape), float32, float16, bfloat16 or float64. Under torch.autocast on a GPU all tensors
+            but those of float64 are cast to float32.
         normalized_shape: the last dimensions of the input. They make a row. The kernels take rows of up to
             `config.MAX_ROW` elements; PyTorch computes longer ones.
         weight, bias: of shape normalized_shape, or None; of input's dtype, or float32 if that has 16 bits.
@@ -49,6 +50,7 @@ def layer_norm(
         ValueError: a wrong shape or device.
         TypeError: a wrong type or dtype.
     """
+    check_is_tensor("input", input)
     return _normalize_last(input, normalized_shape, RowNorm(weight, bias, eps))
 
 
@@ -59,7 +61,9 @@ def rms_norm(
     """input / sqrt(mean(input^2) + eps) * weight, by the mean square of each row (Zhang and Sennrich 2019).
 
     Args:
-        input, normalized_shape, weight: see `layer_norm`.
+        input, normalized_shape: see `layer_norm`.
+        weight: of shape normalized_shape, or None. PyTorch computes with weights that `layer_norm` does not take, and
+            complex input.
         eps: added to the mean square; None for the machine epsilon of the dtype in which it is computed, float64 for
             float64 input, else float32.
 
@@ -69,6 +73,7 @@ def rms_norm(
     Raises:
         ValueError, TypeError: as `layer_norm` does.
     """
+    check_is_tensor("input", input)
     return _normalize_last(input, normalized_shape, RowNorm(weight, None, rms_eps(eps, input.dtype), centre=False))
 
 
@@ -76,14 +81,19 @@ def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
     """eps, or PyTorch's default for RMS normalisation of an input of the dtype."""
     if eps is not None:
         return eps
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return torch.finfo(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32).eps
 
 
 def _normalize_last(input: Tensor, normalized_shape: Sequence[int], norm: RowNorm) -> Tensor:
-    shape = tuple(normalized_shape)
+    try:
+        shape = tuple(torch.Size(normalized_shape))
+    except TypeError as error:
+        raise ArgumentTypeError(f"normalized_shape: {normalized_shape!r}; must be a sequence of int") from error
+    if input.is_cuda and autocasts(input):
+        input = input.to(loss_dtype(input))
+        weight, bias = (None if t is None else t.to(loss_dtype(t)) for t in (norm.weight, norm.bias))
+        norm = norm._replace(weight=weight, bias=bias)
     check_normalized_shape(input, shape, norm)
-    if autocasts(input) and input.is_cuda:
-        input = input.float()
     if len(shape) == 1:
         return row_norm_act_dropout(input, norm, None, 0.0)
     weight, bias = (None if t is None else t.flatten() for t in (norm.weight, norm.bias))
@@ -94,7 +104,8 @@ def _normalize_last(input: Tensor, normalized_shape: Sequence[int], norm: RowNor
 def row_norm_act_dropout(input: Tensor, norm: RowNorm, activation: str | None, p: float) -> Tensor:
     """dropout(act(norm(input))) of an input (*, N), with 0 <= p < 1. The arguments have been checked."""
     N = input.size(-1)
-    if launch.explain(input, norm.weight, norm.bias, product=False).backend == "torch" or N > MAX_ROW:
+    served = launch.explain(input, norm.weight, norm.bias, product=False)
+    if served.backend == "torch" or N > MAX_ROW or not kernels_take(norm, input.dtype):
         return reference.block(input, norm, activation, p)
     (seed,) = draw_seeds(1, input.device) if p else (None,)
     rows = input.reshape(-1, N)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch
-from . import reference
+from . import reference, torch_functional
 from .autocast import autocast, autocasts
 from .autograd import Function
 from .batch_norm import norm_act_dropout, norm_act_dropout_rows
@@ -26,10 +26,10 @@ def linear_chain(
     """Apply linear layers, each with its normalisation, activation, dropout and residual, as one autograd node.
 
     Args:
-        input: (*, in_features) of the first layer, float32, float16, bfloat16 or float64; (N, in_features) if a layer
-            normalises columns.
+        input: (*, in_features) of the first layer; (N, in_features) if a layer normalises columns.
         layers: the layers in order. Weights are (out_features, in_features) and biases (out_features,) or None, all of
-            input's dtype and device. Under torch.autocast, input, weights and biases are cast.
+            input's dtype and device. Under torch.autocast, input, weights and biases are cast. PyTorch computes what
+            the kernels do not take; see `check.check_layers`.
         recompute: whether to keep fewer tensors for backward and compute them again there.
         entrance: a collective that is applied to the input, or None. Its backward pass overlaps with the computation
             of the parameters' gradients.
@@ -50,7 +50,8 @@ def linear_chain(
             for each in layers
         ]
     scale = entrance.scale if entrance else 1
-    check_layers(input, layers, scale)
+    if not check_layers(input, layers, scale):
+        return _chain_by_torch(entrance(input) if entrance else input, layers, None)
     params = [t for layer in layers for t in (layer.weight, layer.bias)]
     if launch.explain(input, *params).backend == "torch":
         return _chain_by_torch(input, layers, entrance)
@@ -106,7 +107,7 @@ class EnteringLinearFunction(Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, entrance: Entrance) -> Tensor:
         ctx.save_for_backward(input, weight, bias)
         ctx.entrance = entrance
-        return torch.nn.functional.linear(entrance.enter(input), weight, bias)
+        return torch_functional.linear(entrance.enter(input), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,13 +118,13 @@ class EnteringLinearFunction(Function):
                 grad_output,
                 (input, weight, bias),
                 (input_needs, weight_needs, bias_needs),
-                lambda x, *params: torch.nn.functional.linear(ctx.entrance(x), *params),
+                lambda x, *params: torch_functional.linear(ctx.entrance(x), *params),
             )
             return *found, None
         x = ctx.entrance.enter(input) if weight_needs else None
-        finish = ctx.entrance.start(grad_output @ weight) if input_needs else None
+        finish = ctx.entrance.start(grad_output @ weight.conj()) if input_needs else None
         dz = torch.atleast_2d(grad_output).flatten(0, -2)
-        dw = None if x is None else dz.t() @ torch.atleast_2d(x).flatten(0, -2)
+        dw = None if x is None else dz.t() @ torch.atleast_2d(x).flatten(0, -2).conj()
         db = dz.sum(0) if bias_needs else None
         return finish() if finish else None, dw, db, None
 
@@ -134,13 +135,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
     Args:
         input: (*, in_features), float32, float16, bfloat16 or float64. Under torch.autocast all tensors are cast.
-        weight: (out_features, in_features), of input's dtype and device.
-        bias: (out_features,) or None, of input's dtype and device.
+            PyTorch computes other dtypes, such as complex ones, or raises an error.
+        weight: (out_features, in_features), of input's dtype and device; or (in_features,), for PyTorch to compute.
+        bias: (out_features,) or None, of input's dtype and device; or a shape that PyTorch broadcasts.
         activation: None, "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh" or "relu6", as
             PyTorch defines them.
 
     Returns:
-        (*, out_features), of input's dtype or that of torch.autocast.
+        (*, out_features), of input's dtype or that of torch.autocast. Without the last dimension for a weight
+        (in_features,).
 
     Raises:
         ValueError: a wrong shape, device or activation name.

@@ -44,7 +44,7 @@ class Dropout(torch.nn.Dropout):
 
     Args:
         p: probability of dropping an element, in [0, 1].
-        inplace: accepted but ignored; the input is not changed.
+        inplace: whether to change the input and return it; see `functional.dropout`.
 
     Input and output have the same shape, which may be any.
 
@@ -54,7 +54,7 @@ class Dropout(torch.nn.Dropout):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return F.dropout(input, self.p, self.training)
+        return F.dropout(input, self.p, self.training, self.inplace)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -171,7 +171,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         device, dtype: device and dtype of the parameters.
         reduction, label_smoothing, options: see `functional.linear_cross_entropy`.
         weight: (C,), the weights of the classes, or None.
-        ignore_index: see `functional.cross_entropy`; None means -100.
+        ignore_index: see `functional.linear_cross_entropy`.
 
     Raises:
         ValueError, TypeError, IndexError: when it is called, as `functional.linear_cross_entropy` does.
@@ -210,7 +210,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             linear_bias=None if self.linear.bias is None else self.linear.bias.reshape(shape),
             weight=self.weight,
             reduction=self.reduction,
-            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+            ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
         )

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import torch_functional as F
 from .layer import Columns, Norm, RowNorm
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu6"]
@@ -59,11 +59,13 @@ def normalize(input: Tensor, norm: Norm) -> Tensor:
 def normalize_rows(input: Tensor, norm: RowNorm) -> Tensor:
     """torch.nn.functional.layer_norm or rms_norm of an input (*, N), of the input's dtype."""
     shape = (input.size(-1),)  # a nested tensor has no shape
-    # For a weight of another dtype, layer_norm raises an error on a GPU, and rms_norm warns.
-    same = input if norm.weight is None else input.to(norm.weight.dtype)
+    dtype = input.dtype
+    if dtype in (torch.float16, torch.bfloat16) and norm.weight is not None and norm.weight.dtype == torch.float32:
+        # With such a weight, layer_norm raises an error on a GPU, and rms_norm warns.
+        input = input.float()
     if norm.centre:
-        return F.layer_norm(same, shape, norm.weight, norm.bias, norm.eps).to(input.dtype)
-    return F.rms_norm(same, shape, norm.weight, norm.eps).to(input.dtype)
+        return F.layer_norm(input, shape, norm.weight, norm.bias, norm.eps).to(dtype)
+    return F.rms_norm(input, shape, norm.weight, norm.eps).to(dtype)
 
 
 def dropout(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:

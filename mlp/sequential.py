@@ -14,7 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
-from .check import FLOATING
+from ..kernels.launch import FLOATING
+from .errors import ArgumentValueError
 from .folded import FoldedLinear, FoldedTorchLinear
 from .layer import Layer
 from .linear import linear_chain
@@ -87,7 +88,7 @@ class Residual(Sequential):
     def forward(self, input: Any) -> Any:
         output = super().forward(input)
         if isinstance(output, Tensor) and output.shape != input.shape:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"input: shape {tuple(input.shape)}; a residual is added to an output of its own shape, but that has "
                 f"{tuple(output.shape)}"
             )

@@ -69,4 +69,7 @@ class ParallelDropout(Dropout):
         self.columns = columns
 
     def forward(self, input: Tensor) -> Tensor:
-        return drop(input, self.p, self.columns) if self.training and self.p else input
+        if not self.training or not self.p:
+            return input
+        output = drop(input, self.p, self.columns)
+        return input.copy_(output) if self.inplace else output

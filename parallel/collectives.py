@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 from ..mlp.autograd import Function
+from ..mlp.errors import ArgumentValueError
 
 # PyTorch 2.13 renamed these functions. The old names are the fallback.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -94,7 +95,7 @@ class Ranks:
         """
         if mesh.ndim != 1:
             names = ", ".join(map(repr, mesh.mesh_dim_names or ()))
-            raise ValueError(
+            raise ArgumentValueError(
                 f"mesh: has {mesh.ndim} dimensions, must have 1; select one by name, as in mesh[name] (names: {names})"
             )
         return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
@@ -185,7 +186,7 @@ def start_reduce_scatter(t: Tensor, ranks: Ranks) -> Callable[[], Tensor]:
         ValueError: If the number of rows is not a multiple of the number of ranks.
     """
     if len(t) % ranks.size:
-        raise ValueError(
+        raise ArgumentValueError(
             f"input: {len(t)} rows; sequence_parallel needs a multiple of the number of ranks, {ranks.size}"
         )
     _report("reduce_scatter", t.nbytes)

@@ -20,6 +20,7 @@ from ..mlp.autocast import autocasts
 from ..mlp.autograd import Function
 from ..mlp.check import check_indices, check_is_tensor, check_loss
 from ..mlp.cross_entropy import per_row
+from ..mlp.errors import ArgumentTypeError, ArgumentValueError
 from ..mlp.loss_options import LossOptions
 from ..mlp.second_order import differentiable_grads
 from .collectives import Ranks, all_gather, gather_columns
@@ -88,7 +89,9 @@ def vocab_parallel_cross_entropy(
     ranks = Ranks.of(mesh)
     if not isinstance(logits_shard, Tensor) or logits_shard.dim() < 2:
         shape = tuple(logits_shard.shape) if isinstance(logits_shard, Tensor) else type(logits_shard).__name__
-        raise ValueError(f"logits_shard: {shape}; expected (N, part) or (N, part, d1, ...)")
+        raise ArgumentValueError(f"logits_shard: {shape}; expected (N, part) or (N, part, d1, ...)")
+    if not logits_shard.is_floating_point():
+        raise ArgumentTypeError(f"logits_shard: dtype {logits_shard.dtype}; must be a floating dtype")
     if isinstance(logits_shard, DTensor):
         classes = logits_shard.shape[1] if classes is None else classes
         logits_shard = _local(logits_shard, mesh)
@@ -101,12 +104,14 @@ def vocab_parallel_cross_entropy(
     total = C * ranks.size if classes is None else classes
     part = ranks.part(total)
     if part.stop - part.start != C:
-        raise ValueError(f"logits_shard: {C} classes on rank {ranks.rank}; of {total} it has {part.stop - part.start}")
+        raise ArgumentValueError(
+            f"logits_shard: {C} classes on rank {ranks.rank}; of {total} it has {part.stop - part.start}"
+        )
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     seen = logits_shard if probabilities else logits_shard.new_empty(()).expand(N, total, *places)
     how = LossOptions(ignore_index, reduction, float(label_smoothing), autocasts(logits_shard))
     if weight is not None and weight.shape != (total,):
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
+        raise ArgumentValueError(f"weight: shape {tuple(weight.shape)}; expected (C,) = ({total},)")
     check_loss(seen, target, weight[part] if probabilities and weight is not None else weight, how)
     S = math.prod(places)
     logits = logits_shard.reshape(N, C, S)
@@ -125,7 +130,7 @@ def vocab_parallel_cross_entropy(
 def _local(logits: DTensor, mesh: DeviceMesh) -> Tensor:
     """This rank's part of logits that are cut by classes."""
     if logits.device_mesh != mesh or not logits.placements[0].is_shard(1):
-        raise ValueError(
+        raise ArgumentValueError(
             f"logits_shard: a DTensor with placements {logits.placements} on {logits.device_mesh}; must be "
             f"(Shard(dim=1),) on {mesh}"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..mlp import reference
+from ..mlp.errors import ArgumentValueError
 from ..mlp.layer import Layer
 from ..mlp.linear import linear_chain
 from .collectives import gather_columns
@@ -37,7 +38,7 @@ def column_parallel_linear(input: Tensor, layers: Sequence[ColumnParallelLinear]
     for name in ("in_features", "ranks", "sequence_parallel"):
         values = [getattr(layer, name) for layer in layers]
         if any(value != values[0] for value in values):
-            raise ValueError(f"layers: {name} differs: {', '.join(map(str, values))}")
+            raise ArgumentValueError(f"layers: {name} differs: {', '.join(map(str, values))}")
     parts = [layer.layer() for layer in layers]
     weight = torch.cat([part.weight for part in parts])
     bias = None

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..mlp.errors import ArgumentValueError
 from .collectives import Ranks
 
 # Elements that are copied to the host at once for their digest.
@@ -45,7 +46,7 @@ def check_alike(ranks: Ranks, device_type: str, **facts: Any) -> None:
             who = f"rank {differ[0]} differs" if len(differ) == 1 else f"ranks {', '.join(differ)} differ"
             found.append(f"{name}: {who} from rank {first}")
     if found:
-        raise ValueError("; ".join(found))
+        raise ArgumentValueError("; ".join(found))
 
 
 # By group, the sizes that `check_parts` has found right.
@@ -76,12 +77,14 @@ def check_parts(ranks: Ranks, device_type: str, name: str, part: int, whole: int
     dist.all_gather(all_of_them, mine, group=ranks.group)
     parts, wholes = torch.stack(all_of_them).t().tolist()
     if len({*wholes}) > 1:
-        raise ValueError(f"classes: {[each if each >= 0 else None for each in wholes]} on the ranks; must be the same")
+        given = [each if each >= 0 else None for each in wholes]
+        raise ArgumentValueError(f"classes: {given} on the ranks; must be the same")
     if whole is None and len({*parts}) > 1:
-        raise ValueError(f"{name}: {parts} classes on the ranks; if they are not equal, give their sum as classes")
+        unequal = f"{name}: {parts} classes on the ranks"
+        raise ArgumentValueError(f"{unequal}; if they are not equal, give their sum as classes")
     cuts = [] if whole is None else [ranks.part(whole, rank) for rank in range(ranks.size)]
     if whole is not None and parts != (expected := [cut.stop - cut.start for cut in cuts]):
-        raise ValueError(f"{name}: {parts} classes on the ranks; {whole} classes are cut into {expected}")
+        raise ArgumentValueError(f"{name}: {parts} classes on the ranks; {whole} classes are cut into {expected}")
     compared.add((part, whole))
 
 

@@ -253,7 +253,7 @@ BAD = {
     "weight's shape": (ValueError, "weight: shape", (torch.ones(2, 3), ONES, ONES, torch.ones(4)), {}),
     "bias's dtype": (TypeError, "bias: dtype", (torch.ones(2, 3), ONES, ONES, ONES, ONES.double()), {}),
     "running_var's type": (TypeError, "running_var: list", (torch.ones(2, 3), ONES, [1, 1, 1]), {}),
-    "input's dtype": (TypeError, "input: dtype torch.int64", (torch.ones(2, 3).long(), ONES, ONES), {}),
+    "eps": (ValueError, "eps: 0.0", (torch.ones(2, 3), None, None), {"training": True, "eps": 0.0}),
     "input's type": (TypeError, "input: list", ([[1.0]], ONES, ONES), {}),
     "momentum": (TypeError, "momentum: None", (torch.ones(2, 3), ONES, ONES), {"training": True, "momentum": None}),
 }

@@ -267,16 +267,17 @@ def test_one_hot_probabilities_are_negative_log_likelihood(kernels, device):
     torch.testing.assert_close(F.cross_entropy(logits, one_hot), F.cross_entropy(logits, target))
 
 
-ONES, INDICES = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+ONES, INDICES, HALVES = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(3).half()
 BAD = {
     "input's type": (TypeError, "input: list", ([1.0], INDICES), {}),
-    "input's dtype": (TypeError, "input: dtype torch.int64", (ONES.long(), INDICES), {}),
     "input's shape": (ValueError, r"input: shape \(\)", (torch.tensor(1.0), INDICES), {}),
     "target's shape": (ValueError, r"target: shape \(3,\)", (ONES, INDICES[:3]), {}),
     "target's dtype": (TypeError, "target: dtype torch.int32", (ONES, INDICES.int()), {}),
     "probabilities' shape": (ValueError, r"target: shape \(4, 2\)", (ONES, ONES[:, :2]), {}),
     "ignored probabilities": (ValueError, "ignore_index: 1", (ONES, ONES), {"ignore_index": 1}),
     "weight's shape": (ValueError, r"weight: shape \(4,\)", (ONES, INDICES, torch.ones(4)), {}),
+    "weight's dtype": (TypeError, "weight: dtype torch.float16; must be torch.float32", (ONES, INDICES, HALVES), {}),
+    "ignore_index": (TypeError, "ignore_index: None; must be an int", (ONES, INDICES), {"ignore_index": None}),
     "reduction": (ValueError, "reduction: 'max'", (ONES, INDICES), {"reduction": "max"}),
     "smoothing": (ValueError, "label_smoothing: 1.5", (ONES, INDICES), {"label_smoothing": 1.5}),
 }

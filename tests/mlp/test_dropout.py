@@ -159,10 +159,25 @@ def test_what_is_no_probability_is_refused(p, backend):
         F.dropout(torch.ones(2, 2), p)
 
 
-def test_inplace_is_accepted_and_out_of_place(backend, device):
-    x = torch.ones(8, 8, device=device)
-    Dropout(0.5, inplace=True)(x)
-    assert torch.equal(x, torch.ones_like(x))
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_inplace_changes_the_input_as_torchs_does(training, p, backend, device):
+    results = []
+    for kind in (Dropout, torch.nn.Dropout):
+        torch.manual_seed(0)
+        leaf = torch.ones(8, 8, device=device, requires_grad=True)
+        x = leaf * 2
+        y = kind(p, inplace=True).train(training)(x)
+        assert y is x
+        (x * x.detach()).sum().backward()  # the input is used again
+        results.append((x, leaf.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_inplace_refuses_a_leaf_as_torchs_does(backend, device):
+    x = torch.ones(8, 8, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        Dropout(inplace=True)(x)
 
 
 def test_it_looks_like_torchs():

@@ -309,7 +309,7 @@ ones = torch.ones
 BAD_INPUT = [
     pytest.param((ones(3, 5), ones(4, 6)), {}, ValueError, r"input: shape \(3, 5\).*in_features = 6", id="features"),
     pytest.param((ones(()), ones(4, 6)), {}, ValueError, r"input: shape \(\)", id="scalar-input"),
-    pytest.param((ones(3, 5), ones(5)), {}, ValueError, r"weight: shape \(5,\)", id="weight-1d"),
+    pytest.param((ones(3, 5), ones(2, 4, 5)), {}, ValueError, r"weight: shape \(2, 4, 5\)", id="weight-3d"),
     pytest.param((ones(3, 5), ones(4, 5), ones(5)), {}, ValueError, r"bias: shape \(5,\).*\(4,\)", id="bias-shape"),
     pytest.param((ones(3, 5), ones(4, 5).half()), {}, TypeError, "weight: dtype torch.float16", id="weight-dtype"),
     pytest.param((ones(3, 5), ones(4, 5), ones(4).double()), {}, TypeError, "bias: dtype", id="bias-dtype"),

@@ -187,7 +187,6 @@ BAD = {
     "weight": (lambda x: F.layer_norm(x, (8,), x[0, :5]), ValueError, r"weight: shape \(5,\); expected"),
     "bias": (lambda x: F.layer_norm(x, (8,), None, x[0].double()), TypeError, "bias: dtype torch.float64; allowed are"),
     "not a tensor": (lambda x: F.layer_norm([1.0], (1,)), TypeError, "input: list; must be a torch.Tensor"),
-    "whole numbers": (lambda x: F.rms_norm(x.long(), (8,)), TypeError, "input: dtype torch.int64; allowed are"),
 }
 
 

@@ -254,6 +254,71 @@ def test_options_of_torchs_choose_the_chunks(rows, kernels, device):
     torch.testing.assert_close(F.linear_cross_entropy(x, w, target, options=options), torchs(x, w, None, target, None))
 
 
+torchs_options = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this PyTorch has no such options"
+)
+
+
+def short_of_memory(x, w, b, target, weight, **options):
+    return ours(x, w, b, target, weight, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2), **options)
+
+
+@torchs_options
+@pytest.mark.filterwarnings("ignore:.*``options`` ignored:UserWarning")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_with_options_backward_can_be_called_again_and_differentiated(kind, reduction, smoothing, backend, device):
+    params, target = made(kind, torch.float64, device, sizes=(5, 3, 4))
+    weight = torch.rand(4, dtype=torch.float64, device=device)
+    leaves = [t.requires_grad_() for t in params]
+    found = []
+    for function in (short_of_memory, torchs):
+        loss = function(*leaves, target, weight, reduction=reduction, label_smoothing=smoothing)
+        seen = torch.linspace(0.3, 0.9, loss.numel(), dtype=loss.dtype, device=device).view(loss.shape)
+        first, again = (torch.autograd.grad(loss, leaves, seen, retain_graph=True) for _ in range(2))
+        dx, dw, _ = torch.autograd.grad(loss, leaves, seen, create_graph=True)
+        second = torch.autograd.grad((dx.square().sum() + dw.square().sum()), leaves)
+        found.append([loss, *first, *again, *second])
+    torch.testing.assert_close(*found)
+
+
+@torchs_options
+def test_with_options_frozen_tensors_get_no_gradient(backend, device):
+    (x, w, b), target = made(device=device, sizes=(5, 3, 4))
+    w.requires_grad_()
+    short_of_memory(x, w, b, target, None).backward()
+    torchs_dw = torch.autograd.grad(torchs(x, w, b, target, None), w)[0]
+    torch.testing.assert_close(w.grad, torchs_dw)
+    assert x.grad is None
+    assert b.grad is None
+
+
+@torchs_options
+def test_with_options_autocast_is_that_without(backend, device):
+    (x, w, b), target = made(device=device, sizes=(5, 3, 4))
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = short_of_memory(x.bfloat16(), w, b, target, None)
+        torch.testing.assert_close(loss, torchs(x.bfloat16(), w, b, target, None), rtol=0.01, atol=0.01)
+    assert loss.dtype == torch.float32
+
+
+@torchs_options
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_with_options_torch_func_differentiates(backend, device):
+    (x, w, b), target = made(dtype=torch.float64, device=device, sizes=(5, 3, 4))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        mine, its = (transform(lambda x, f=f: f(x, w, b, target, None))(x) for f in (short_of_memory, torchs))
+        torch.testing.assert_close(mine, its)
+
+
+@torchs_options
+def test_with_options_an_index_out_of_range_raises_on_a_cpu():
+    (x, w, b), target = made(sizes=(5, 3, 4))
+    with pytest.raises(IndexError, match="target: 9"):
+        short_of_memory(x, w, b, target.fill_(9), None)
+
+
 def test_small_logits_are_kept_whole(kernels, device):
     params, target = made(device=device)
     with cost.ledger() as ledger:
