@@ -11,10 +11,10 @@ from ..kernels import launch
 from . import reference
 from .autograd import Function
 from .check import check_norm, check_probability
-from .dropout import DropoutFunction, no_columns
+from .dropout import dropout_by_torch, no_columns
 from .layer import Columns, Norm
 from .reference import Activation
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -197,7 +197,7 @@ class NormActDropoutFunction(Function):
         input, mean, var, weight, bias, seed = ctx.saved_tensors
         tail: Tail = ctx.tail
         input_needs, _, _, weight_needs, bias_needs, _, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             dx, dweight, dbias = differentiable_grads(
                 grad_output,
                 (input, weight, bias),
@@ -227,4 +227,4 @@ def norm_act_dropout_by_torch(input: Tensor, norm: "NormArgs", seed: Tensor | No
         mean, var = (None, None) if tail.batch_stats else (norm.mean, norm.var)
         again = Norm(mean, var, norm.weight, norm.bias, batch_stats=tail.batch_stats, eps=tail.eps)
     output = reference.block(input, again, tail.activation)
-    return output if seed is None else DropoutFunction.apply(output, seed, tail.p, tail.col_offset)
+    return output if seed is None else dropout_by_torch(output, seed, tail.p, tail.col_offset)

@@ -4,6 +4,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import launch
@@ -78,4 +79,12 @@ class DropoutFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        return DropoutFunction.apply(grad_output, seed, ctx.p, ctx.col_offset), None, None, None
+        again = DropoutFunction.apply if launch.obstacle((grad_output,)) is None else dropout_by_torch
+        return again(grad_output, seed, ctx.p, ctx.col_offset), None, None, None
+
+
+def dropout_by_torch(input: Tensor, seed: Tensor, p: float, col_offset: int) -> Tensor:
+    """`DropoutFunction` by differentiable operations, with the same mask, also of what kernels cannot be given."""
+    ones = torch.ones(input.shape, dtype=input.dtype, device=input.device)
+    kept = kernel.dropout(ones, p, seed, col_offset=col_offset)[0] != 0
+    return torch.where(kept, input * (1 / (1 - p)), 0)

@@ -14,9 +14,9 @@ from . import reference
 from .autocast import autocasts
 from .autograd import Function
 from .check import check_normalized_shape
-from .dropout import DropoutFunction
+from .dropout import dropout_by_torch
 from .layer import RowNorm
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -134,7 +134,7 @@ class RowNormActDropoutFunction(Function):
         input, weight, bias, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         tail: RowTail = ctx.tail
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             grads = differentiable_grads(
                 grad_output,
                 (input, weight, bias),
@@ -153,4 +153,4 @@ def row_norm_act_dropout_by_torch(
 ) -> Tensor:
     """`RowNormActDropoutFunction` by differentiable operations, with the same mask."""
     output = reference.block(input, RowNorm(weight, bias, tail.eps, tail.centre), tail.activation)
-    return output if seed is None else DropoutFunction.apply(output, seed, tail.p, 0)
+    return output if seed is None else dropout_by_torch(output, seed, tail.p, 0)

@@ -20,7 +20,7 @@ from ..mlp.autograd import Function
 from ..mlp.check import check_indices, check_is_tensor, check_loss
 from ..mlp.cross_entropy import per_row
 from ..mlp.loss_options import LossOptions
-from ..mlp.second_order import differentiable_grads
+from ..mlp.second_order import differentiable_grads, needs_torch
 from .collectives import Ranks, all_gather, gather_columns
 
 if launch.HAS_TRITON:
@@ -178,7 +178,7 @@ class VocabParallelCrossEntropyFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         shard, options = ctx.shard, ctx.options
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
             (dlogits,) = differentiable_grads(
                 grad_output, (logits,), (True,), lambda logits: by_torch(logits, target, weight, shard, options)
             )

@@ -22,7 +22,7 @@ from ..mlp.autograd import Function
 from ..mlp.batch_norm import move_averages, norm_act_dropout
 from ..mlp.layer import Norm
 from ..mlp.modules import BatchNorm1d, norm_of
-from ..mlp.second_order import differentiable_grads
+from ..mlp.second_order import differentiable_grads, needs_torch
 from .collectives import Ranks, all_gather, start_all_reduce
 
 if launch.HAS_TRITON:
@@ -101,7 +101,7 @@ class SyncBatchNormFunction(Function):
         x, weight, bias, total, mean, var = ctx.saved_tensors
         eps, ranks, by_kernels = ctx.options
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 wide = x.to(mean.dtype)
