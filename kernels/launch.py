@@ -70,6 +70,8 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
         return Choice("torch", "asked for by name")
     if not HAS_TRITON:
         return Choice("torch", "Triton is not installed")
+    if any(t.numel() == 0 for t in given):
+        return Choice("torch", "an empty tensor launches nothing")
     if (reason := obstacle(given)) is not None:
         return Choice("torch", reason)
     if first.is_cuda:
@@ -91,8 +93,6 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
 def obstacle(tensors: Iterable[Tensor]) -> str | None:
     """Why kernels cannot be given these tensors here and now, on any device; None if they can."""
     for t in tensors:
-        if t.numel() == 0:
-            return "an empty tensor launches nothing"
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
             return "tensor subclasses, sparse and nested tensors dispatch by themselves"
         # The compiler cannot read this, and traces no such tensors.

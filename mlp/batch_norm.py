@@ -107,16 +107,12 @@ def norm_act_dropout(
     """
     check_norm(input, norm, activation)
     tensors = norm.tensors() if norm else ()
-    # The kernels take rows of channels. PyTorch's own kernels read other layouts without a copy.
-    channels_last = input.movedim(1, -1) if input.dim() > 2 else input
-    no_rows = input.dim() > 2 and not channels_last.is_contiguous()
     if 0 < p < 1 and no_columns(input, columns):
         p = 0.0
-    if p == 1 or no_rows or launch.explain(input, *tensors, product=False).backend == "torch":
+    # The kernels take rows of channels. Of (N, C, L), PyTorch's own read channels without a copy, and decide the layout.
+    if p == 1 or input.dim() != 2 or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
-    rows = channels_last.reshape(-1, channels_last.shape[-1])
-    output = norm_act_dropout_rows(rows, norm, activation, p, columns.first if columns else 0)
-    return output.view(channels_last.shape).movedim(-1, 1) if input.dim() > 2 else output
+    return norm_act_dropout_rows(input, norm, activation, p, columns.first if columns else 0)
 
 
 class Tail(NamedTuple):

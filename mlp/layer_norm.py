@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
@@ -85,10 +86,14 @@ def _normalize_last(input: Tensor, normalized_shape: Sequence[int], norm: RowNor
     if autocasts(input) and input.is_cuda:
         input = input.float()
     if len(shape) == 1:
-        return row_norm_act_dropout(input, norm, None, 0.0)
-    weight, bias = (None if t is None else t.flatten() for t in (norm.weight, norm.bias))
-    rows = input.flatten(-len(shape))
-    return row_norm_act_dropout(rows, norm._replace(weight=weight, bias=bias), None, 0.0).view(input.shape)
+        output = row_norm_act_dropout(input, norm, None, 0.0)
+    else:
+        weight, bias = (None if t is None else t.flatten() for t in (norm.weight, norm.bias))
+        rows = input.flatten(-len(shape))
+        output = row_norm_act_dropout(rows, norm._replace(weight=weight, bias=bias), None, 0.0).view(input.shape)
+    # PyTorch's rms_norm, unlike its layer_norm, keeps the memory format channels_last.
+    kept = None if norm.centre or input.is_contiguous() else suggest_memory_format(input)
+    return output if kept is None else output.contiguous(memory_format=kept)
 
 
 def row_norm_act_dropout(input: Tensor, norm: RowNorm, activation: str | None, p: float) -> Tensor:

@@ -103,7 +103,9 @@ def vocab_parallel_cross_entropy(
     target = target.reshape(N, C, S) if probabilities else target.reshape(N, S).long().contiguous()
     weight = None if weight is None else weight.contiguous()
     shard = Shard(ranks, part.start, total)
-    if launch.explain(logits, target, weight, product=False).backend == "torch" or target.requires_grad:
+    served = launch.explain(logits, target, weight, product=False).backend == "triton" and not target.requires_grad
+    # The launchers of the kernels are no operators that the compiler can trace.
+    if not served or torch.compiler.is_compiling():
         if not probabilities and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             check_indices(target, ignore_index, total)
         loss = by_torch(logits, target, weight, shard, how)
