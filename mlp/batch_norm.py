@@ -37,7 +37,7 @@ def batch_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
 
     Args:
-        input: (N, C, *), float32, float16, bfloat16 or float64.
+        input: (N, C, *), float32, float16, bfloat16 or float64. The kernels take (N, C). PyTorch computes the others.
         running_mean, running_var, weight, bias: (C,) or None, of input's dtype; float32 is allowed as well if input's
             dtype has 16 bits. Without `training`, running_mean and running_var are required.
         training: whether to normalise by the mean and the biased variance of the batch. running_mean and running_var
@@ -109,7 +109,7 @@ def norm_act_dropout(
     tensors = norm.tensors() if norm else ()
     if 0 < p < 1 and no_columns(input, columns):
         p = 0.0
-    # The kernels take rows of channels. Of (N, C, L), PyTorch's own read channels without a copy, and decide the layout.
+    # The kernels take rows of channels. PyTorch's own read those of (N, C, L) without a copy, and decide the layout.
     if p == 1 or input.dim() != 2 or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
     return norm_act_dropout_rows(input, norm, activation, p, columns.first if columns else 0)
