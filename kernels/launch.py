@@ -96,7 +96,7 @@ def obstacle(tensors: Iterable[Tensor]) -> str | None:
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
             return "tensor subclasses, sparse and nested tensors dispatch by themselves"
         # The compiler cannot read this, and traces no such tensors.
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(t):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
             return "batched gradients go through PyTorch's own operations"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation go through PyTorch's own operations"
