@@ -17,7 +17,7 @@ from ..kernels.batch_norm import (
 )
 from ..kernels.cross_entropy import cross_entropy_fwd
 from ..kernels.cross_entropy_bwd import cross_entropy_bwd
-from ..kernels.dropout import dropout, dropout_args
+from ..kernels.dropout import dropout
 from ..kernels.epilogue import AddArgs, Epilogue, EpilogueKind, add_to, bitmask_width
 from ..kernels.gemm import gemm
 from ..kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
@@ -60,10 +60,10 @@ def gemm_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         kept = saved(K, entry.saves)
         yield f"linear_dgrad {name}", lambda name=name, kept=kept: linear_dgrad(dz, w, name, kept)
     mean, var, scale, shift = (torch.empty(K) for _ in range(4))
-    dropout = dropout_args(0.1, torch.empty(1, dtype=torch.int64))
+    seed = torch.empty(1, dtype=torch.int64)
     yield "linear_fwd norm relu", lambda: linear_fwd_norm(x, w, bias, mean, var, scale, shift, 1e-5, "relu")
     for name in NORM_ACTIVATIONS:
-        yield f"linear_dgrad {name} dropout", lambda name=name: linear_dgrad_dropout(dz, w, x, dropout, name)
+        yield f"linear_dgrad {name} dropout", lambda name=name: linear_dgrad_dropout(dz, w, x, name, 0.1, seed)
     total = torch.empty(N, K, dtype=dtype)
     add = Epilogue(EpilogueKind(add_to, heavy=True), AddArgs(total))
     yield "linear_wgrad add", lambda: gemm("linear_wgrad", dz.t(), x, total, add, row_sum=bias)

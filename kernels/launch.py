@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -72,17 +72,12 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
         return Choice("torch", "asked for by name")
     if not HAS_TRITON:
         return Choice("torch", "Triton is not installed")
-    for t in given:
-        if t.numel() == 0:
-            return Choice("torch", "an empty tensor launches nothing")
-        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
-            return Choice("torch", "tensor subclasses, sparse and nested tensors dispatch by themselves")
+    if any(t.numel() == 0 for t in given):
+        return Choice("torch", "an empty tensor launches nothing")
     if first.dtype not in FLOATING:
         return Choice("torch", f"kernels do not compute {first.dtype}")
-    if transforms_active():
-        return Choice("torch", "torch.func and forward-mode differentiation go through PyTorch's own operations")
-    if torch._C._get_tracing_state() is not None:
-        return Choice("torch", "torch.jit.trace records PyTorch's own operations")
+    if (reason := obstacle(given)) is not None:
+        return Choice("torch", reason)
     if first.is_cuda:
         if _requested == "triton":
             return Choice("triton", "asked for by name")
@@ -97,6 +92,22 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
             "tensors and TRITON_INTERPRET=1 set before fusemlp is imported"
         )
     return Choice("torch", f"tensors on {first.device.type} are served by PyTorch")
+
+
+def obstacle(tensors: Iterable[Tensor]) -> str | None:
+    """Why kernels cannot be given these tensors here and now, on any device; None if they can."""
+    compiling = torch.compiler.is_compiling()
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:
+            return "tensor subclasses, sparse and nested tensors dispatch by themselves"
+        # The compiler cannot read this, and traces no such tensors.
+        if not compiling and torch._C._functorch.is_legacy_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+            return "batched gradients go through PyTorch's own operations"
+    if transforms_active():
+        return "torch.func and forward-mode differentiation go through PyTorch's own operations"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch's own operations"
+    return None
 
 
 def transforms_active() -> bool:

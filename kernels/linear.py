@@ -20,7 +20,7 @@ from .activation import ACTIVATIONS, Functions, functions_of_preact, identity
 from .align import aligned
 from .batch_norm import NormArgs
 from .config import cdiv
-from .dropout import DropoutArgs
+from .dropout import dropout_args
 from .epilogue import (
     AddArgs,
     BiasArgs,
@@ -204,22 +204,30 @@ def linear_fwd_norm(
     return outputs
 
 
-def linear_dgrad_dropout(dz: Tensor, w: Tensor, x: Tensor, dropout: DropoutArgs, activation: str | None) -> Tensor:
+def _linear_dgrad_dropout_outputs(dz: Tensor, w: Tensor, *_: Any) -> list[Tensor]:
+    return [dz.new_empty(dz.shape[0], w.shape[1])]
+
+
+@launch.operator(_linear_dgrad_dropout_outputs)
+def linear_dgrad_dropout(
+    dz: Tensor, w: Tensor, x: Tensor, activation: str | None, p: float, seed: Tensor | None, col_offset: int = 0
+) -> list[Tensor]:
     """The gradient act'(x) dropout'(dz w) of the preactivation x of the layer below.
 
     Args:
         dz: (M, N).
         w: (N, K).
         x: (M, K).
-        dropout: dropout of the layer below.
-        activation: its activation.
+        activation: activation of the layer below, or None.
+        p, seed, col_offset: its dropout, see `dropout.dropout_args`.
 
     Returns:
-        A tensor (M, K).
+        [dx], (M, K).
     """
-    dx = dz.new_empty(dz.shape[0], w.shape[1])
-    gemm("linear_dgrad", dz, w, dx, Epilogue(_kind_of_preact(dact_dropout, activation), DropoutActArgs(x, dropout)))
-    return dx
+    (dx,) = outputs = _linear_dgrad_dropout_outputs(dz, w)
+    args = DropoutActArgs(x, dropout_args(p, seed, col_offset=col_offset))
+    gemm("linear_dgrad", dz, w, dx, Epilogue(_kind_of_preact(dact_dropout, activation), args))
+    return outputs
 
 
 def _linear_wgrad_outputs(dz: Tensor, x: Tensor, bias: bool) -> list[Tensor]:

@@ -11,10 +11,10 @@ from ..kernels import launch
 from . import reference
 from .autograd import Function
 from .check import check_norm, check_probability
-from .dropout import DropoutFunction, no_columns
+from .dropout import dropout_by_torch, no_columns
 from .layer import Columns, Norm
 from .reference import Activation
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -37,7 +37,7 @@ def batch_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
 
     Args:
-        input: (N, C, *), float32, float16, bfloat16 or float64.
+        input: (N, C, *), float32, float16, bfloat16 or float64. The kernels take (N, C). PyTorch computes the others.
         running_mean, running_var, weight, bias: (C,) or None, of input's dtype; float32 is allowed as well if input's
             dtype has 16 bits. Without `training`, running_mean and running_var are required.
         training: whether to normalise by the mean and the biased variance of the batch. running_mean and running_var
@@ -108,16 +108,12 @@ def norm_act_dropout(
     """
     check_norm(input, norm, activation)
     tensors = norm.tensors() if norm else ()
-    # The kernels take rows of channels. PyTorch's own kernels read other layouts without a copy.
-    channels_last = input.movedim(1, -1) if input.dim() > 2 else input
-    no_rows = input.dim() > 2 and not channels_last.is_contiguous()
     if 0 < p < 1 and no_columns(input, columns):
         p = 0.0
-    if p == 1 or no_rows or launch.explain(input, *tensors, product=False).backend == "torch":
+    # The kernels take rows of channels. PyTorch's own read those of (N, C, L) without a copy, and decide the layout.
+    if p == 1 or input.dim() != 2 or launch.explain(input, *tensors, product=False).backend == "torch":
         return reference.block(input, norm, activation, p, columns)
-    rows = channels_last.reshape(-1, channels_last.shape[-1])
-    output = norm_act_dropout_rows(rows, norm, activation, p, columns.first if columns else 0)
-    return output.view(channels_last.shape).movedim(-1, 1) if input.dim() > 2 else output
+    return norm_act_dropout_rows(input, norm, activation, p, columns.first if columns else 0)
 
 
 class Tail(NamedTuple):
@@ -198,7 +194,7 @@ class NormActDropoutFunction(Function):
         input, mean, var, weight, bias, seed = ctx.saved_tensors
         tail: Tail = ctx.tail
         input_needs, _, _, weight_needs, bias_needs, _, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             dx, dweight, dbias = differentiable_grads(
                 grad_output,
                 (input, weight, bias),
@@ -228,4 +224,4 @@ def norm_act_dropout_by_torch(input: Tensor, norm: "NormArgs", seed: Tensor | No
         mean, var = (None, None) if tail.batch_stats else (norm.mean, norm.var)
         again = Norm(mean, var, norm.weight, norm.bias, batch_stats=tail.batch_stats, eps=tail.eps)
     output = reference.block(input, again, tail.activation)
-    return output if seed is None else DropoutFunction.apply(output, seed, tail.p, tail.col_offset)
+    return output if seed is None else dropout_by_torch(output, seed, tail.p, tail.col_offset)

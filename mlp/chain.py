@@ -27,7 +27,7 @@ from .autograd import Function
 from .batch_norm import Tail, count_cumulative_batch, norm_act_dropout_by_torch
 from .layer import Layer, Norm, Params, RowNorm
 from .layer_norm import RowTail, row_norm_act_dropout_by_torch
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 
 if launch.HAS_TRITON:
     from ..kernels.activation import ACTIVATIONS
@@ -37,7 +37,6 @@ if launch.HAS_TRITON:
         batch_norm_bwd_sums,
         batch_norm_fwd,
     )
-    from ..kernels.dropout import dropout_args
     from ..kernels.gemm import Unreduced, reduce_splits
     from ..kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
     from ..kernels.linear import (
@@ -173,8 +172,8 @@ def _backward_below(found: Grads, layer: Layer, below: Layer, kept: Kept) -> Gra
         return _backward_layer(below, kept, _input_grad(found, layer))
     if below.plain:
         return Grads(*linear_dgrad(found.dz, layer.weight, below.activation, kept.preact))
-    dropout = dropout_args(below.p, kept.seed, col_offset=below.offset)
-    return Grads(linear_dgrad_dropout(found.dz, layer.weight, kept.preact, dropout, below.activation))
+    dropout = below.p, kept.seed, below.offset
+    return Grads(*linear_dgrad_dropout(found.dz, layer.weight, kept.preact, below.activation, *dropout))
 
 
 def _input_grad(found: Grads, layer: Layer) -> Tensor:
@@ -246,7 +245,7 @@ class LinearFunction(Function):
         params, kept = rest[:count], _grouped(Kept, rest[count:])
         layers = [layer.with_params(each) for layer, each in zip(ctx.layers, _grouped(Params, params), strict=True)]
         input_needs, _, _, _, *needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             enter = ctx.entrance or (lambda input: input)
             input_grad, *grads = differentiable_grads(
                 grad_output,

@@ -16,7 +16,7 @@ from .autocast import autocasts, loss_dtype
 from .autograd import Function
 from .check import check_indices, check_loss
 from .loss_options import LossOptions
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -131,7 +131,7 @@ class CrossEntropyFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         options: LossOptions = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             (dlogits,) = differentiable_grads(
                 grad_output,
                 (logits,),

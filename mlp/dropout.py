@@ -4,6 +4,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import launch
@@ -11,6 +12,7 @@ from . import reference, torch_functional
 from .autograd import Function
 from .check import check_is_tensor, check_probability
 from .layer import Columns
+from .second_order import needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -57,7 +59,9 @@ def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:
         return input * 0
     (seed,) = draw_seeds(1, input.device)
     rows = input.reshape(-1, input.shape[-1] if input.dim() > 1 else input.numel())
-    return DropoutFunction.apply(rows, seed, p, columns.first if columns else 0).view(input.shape)
+    output = DropoutFunction.apply(rows, seed, p, columns.first if columns else 0).view(input.shape)
+    # The kernel's result is contiguous. PyTorch keeps the order of dimensions in memory, such as channels_last.
+    return output if input.is_contiguous() else torch.empty_like(input).copy_(output)
 
 
 def no_columns(input: Tensor, columns: Columns | None) -> bool:
@@ -72,7 +76,7 @@ def no_columns(input: Tensor, columns: Columns | None) -> bool:
 
 
 class DropoutFunction(Function):
-    """Dropout of a matrix. It is linear, so its derivatives of every order are dropouts with the same seed."""
+    """Dropout of a matrix. It is linear, so its gradient is the dropout of a gradient with the same seed."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, seed: Tensor, p: float, col_offset: int) -> Tensor:
@@ -83,4 +87,13 @@ class DropoutFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        return DropoutFunction.apply(grad_output, seed, ctx.p, ctx.col_offset), None, None, None
+        if needs_torch(grad_output):
+            return dropout_by_torch(grad_output, seed, ctx.p, ctx.col_offset), None, None, None
+        return kernel.dropout(grad_output, ctx.p, seed, col_offset=ctx.col_offset)[0], None, None, None
+
+
+def dropout_by_torch(input: Tensor, seed: Tensor, p: float, col_offset: int) -> Tensor:
+    """`DropoutFunction` by differentiable operations, with the same mask, also of what kernels cannot be given."""
+    ones = torch.ones(input.shape, dtype=input.dtype, device=input.device)
+    kept = kernel.dropout(ones, p, seed, col_offset=col_offset)[0] != 0
+    return torch.where(kept, input * (1 / (1 - p)), 0)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..kernels import launch
 from ..kernels.config import MAX_ROW
@@ -14,10 +15,10 @@ from . import reference
 from .autocast import autocasts, loss_dtype
 from .autograd import Function
 from .check import check_is_tensor, check_normalized_shape, kernels_take
-from .dropout import DropoutFunction
+from .dropout import dropout_by_torch
 from .errors import ArgumentTypeError
 from .layer import RowNorm
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -95,10 +96,14 @@ def _normalize_last(input: Tensor, normalized_shape: Sequence[int], norm: RowNor
         norm = norm._replace(weight=weight, bias=bias)
     check_normalized_shape(input, shape, norm)
     if len(shape) == 1:
-        return row_norm_act_dropout(input, norm, None, 0.0)
-    weight, bias = (None if t is None else t.flatten() for t in (norm.weight, norm.bias))
-    rows = input.flatten(-len(shape))
-    return row_norm_act_dropout(rows, norm._replace(weight=weight, bias=bias), None, 0.0).view(input.shape)
+        output = row_norm_act_dropout(input, norm, None, 0.0)
+    else:
+        weight, bias = (None if t is None else t.flatten() for t in (norm.weight, norm.bias))
+        rows = input.flatten(-len(shape))
+        output = row_norm_act_dropout(rows, norm._replace(weight=weight, bias=bias), None, 0.0).view(input.shape)
+    # PyTorch's rms_norm, unlike its layer_norm, keeps the memory format channels_last.
+    kept = None if norm.centre or input.is_contiguous() else suggest_memory_format(input)
+    return output if kept is None else output.contiguous(memory_format=kept)
 
 
 def row_norm_act_dropout(input: Tensor, norm: RowNorm, activation: str | None, p: float) -> Tensor:
@@ -145,7 +150,7 @@ class RowNormActDropoutFunction(Function):
         input, weight, bias, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         tail: RowTail = ctx.tail
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_torch(grad_output):
             grads = differentiable_grads(
                 grad_output,
                 (input, weight, bias),
@@ -164,4 +169,4 @@ def row_norm_act_dropout_by_torch(
 ) -> Tensor:
     """`RowNormActDropoutFunction` by differentiable operations, with the same mask."""
     output = reference.block(input, RowNorm(weight, bias, tail.eps, tail.centre), tail.activation)
-    return output if seed is None else DropoutFunction.apply(output, seed, tail.p, 0)
+    return output if seed is None else dropout_by_torch(output, seed, tail.p, 0)

@@ -16,7 +16,7 @@ from .check import check_layer_tensors, check_layers
 from .layer import Layer, RowNorm
 from .layer_norm import row_norm_act_dropout
 from .reference import Activation
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 
@@ -113,7 +113,7 @@ class EnteringLinearFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias = ctx.saved_tensors
         input_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
             found = differentiable_grads(
                 grad_output,
                 (input, weight, bias),

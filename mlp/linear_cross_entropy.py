@@ -19,7 +19,7 @@ from .errors import ArgumentValueError
 from .layer import Layer
 from .linear import linear
 from .loss_options import LossOptions
-from .second_order import differentiable_grads
+from .second_order import differentiable_grads, needs_torch
 from .tracing import overridable
 
 if launch.HAS_TRITON:
@@ -184,7 +184,7 @@ class ChunksOfTorchFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight, *grads = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
             dx, dw, db = differentiable_grads(
                 grad_output,
                 (x, w, b),
@@ -262,8 +262,7 @@ class LinearCrossEntropyFunction(Function):
         chunks: Chunks = ctx.chunks
         options: LossOptions = ctx.options
         wanted = ctx.needs_input_grad[:3]
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
+        if needs_torch(grad_output):
 
             def again(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
                 # Targets must be (N,), not (N, 1), for which PyTorch sums losses on CUDA in no fixed order.
@@ -278,7 +277,7 @@ class LinearCrossEntropyFunction(Function):
 
         if not grads:
             grads = grads_for(per_row(grad_output, (len(x), 1), options.reduction))
-        elif compiling:
+        elif torch.compiler.is_compiling():
             grads = [grad * grad_output for grad in grads]
         else:
             # The gradients may be as large as the weight, so they are multiplied in place and can be used only once.

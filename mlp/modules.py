@@ -62,9 +62,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: see torch.nn.BatchNorm1d. With
-            momentum=None, which means averages over all batches, a call does not wait for the device.
+            momentum=None, which means averages over all batches, a call on (N, C) does not wait for the device.
 
-    Input and output are (N, C) or (N, C, L). Parameters and running averages are (C,); num_batches_tracked is ().
+    Input and output are (N, C) or (N, C, L), of which PyTorch computes the latter. Parameters and running averages are
+    (C,); num_batches_tracked is ().
 
     Raises:
         ValueError, TypeError: when it is called, as `functional.batch_norm` does.

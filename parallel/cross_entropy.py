@@ -22,7 +22,7 @@ from ..mlp.check import check_indices, check_is_tensor, check_loss
 from ..mlp.cross_entropy import per_row
 from ..mlp.errors import ArgumentTypeError, ArgumentValueError
 from ..mlp.loss_options import LossOptions
-from ..mlp.second_order import differentiable_grads
+from ..mlp.second_order import differentiable_grads, needs_torch
 from .collectives import Ranks, all_gather, gather_columns
 from .handshake import check_parts
 
@@ -118,7 +118,9 @@ def vocab_parallel_cross_entropy(
     target = target.reshape(N, C, S) if probabilities else target.reshape(N, S).long().contiguous()
     weight = None if weight is None else weight.contiguous()
     shard = Shard(ranks, part.start, total)
-    if launch.explain(logits, target, weight, product=False).backend == "torch" or target.requires_grad:
+    served = launch.explain(logits, target, weight, product=False).backend == "triton" and not target.requires_grad
+    # The launchers of the kernels are no operators that the compiler can trace.
+    if not served or torch.compiler.is_compiling():
         if not probabilities and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             check_indices(target, ignore_index, total)
         loss = by_torch(logits, target, weight, shard, how)
@@ -203,7 +205,7 @@ class VocabParallelCrossEntropyFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         shard, options = ctx.shard, ctx.options
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
             (dlogits,) = differentiable_grads(
                 grad_output, (logits,), (True,), lambda logits: by_torch(logits, target, weight, shard, options)
             )

@@ -22,7 +22,7 @@ from ..mlp.autograd import Function
 from ..mlp.batch_norm import move_averages, norm_act_dropout
 from ..mlp.layer import Norm
 from ..mlp.modules import BatchNorm1d, norm_of
-from ..mlp.second_order import differentiable_grads
+from ..mlp.second_order import differentiable_grads, needs_torch
 from .collectives import Ranks, all_gather, start_all_reduce
 
 if launch.HAS_TRITON:
@@ -49,17 +49,23 @@ def sync_batch_norm(input: Tensor, norm: Norm, ranks: Ranks) -> Tensor:
     """
     if not norm.batch_stats or ranks.size == 1:
         return norm_act_dropout(input, norm, None, 0.0)
-    rows = input.movedim(1, -1)
     by_kernels = launch.explain(input, *norm.tensors(), product=False).backend == "triton"
-    output = SyncBatchNormFunction.apply(
-        rows.reshape(-1, rows.shape[-1]),
-        norm.weight,
-        norm.bias,
-        norm._replace(weight=None, bias=None),
-        ranks,
-        by_kernels,
-    )
-    return output.view(rows.shape).movedim(-1, 1)  # pyright: ignore
+    bare = norm._replace(weight=None, bias=None)
+    return SyncBatchNormFunction.apply(input, norm.weight, norm.bias, bare, ranks, by_kernels)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The channels (M, C) at every place of a tensor (N, C, *)."""
+    return t.movedim(1, -1).reshape(-1, t.shape[1])
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The contiguous tensor of the shape of `like`, (N, C, *), that has the given rows (M, C)."""
+    N, C, *places = like.shape
+    if not places:
+        return rows.contiguous()
+    # autograd Functions return this tensor, so it must not be a view.
+    return rows.reshape(N, *places, C).movedim(-1, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,42 +86,47 @@ def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, 
 
 
 class SyncBatchNormFunction(Function):
-    """Normalises rows (M, C) by the statistics of all ranks; see the docstring of the module."""
+    """Normalises an input (N, C, *) by the statistics of all ranks; see the docstring of the module."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm, ranks: Ranks, by_kernels: bool
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm, ranks: Ranks, by_kernels: bool
     ) -> Tensor:
+        x = _rows(input)
         total, mean, var = _merged_moments(x, ranks, by_kernels)
         move_averages(norm, mean, var, total)
         acc = torch.promote_types(x.dtype, torch.float32)
         mean, var = mean.to(acc), var.to(acc)
-        ctx.save_for_backward(x, weight, bias, total, mean, var)
+        ctx.save_for_backward(input, weight, bias, total, mean, var)
         ctx.options = norm.eps, ranks, by_kernels
         if by_kernels:
-            return batch_norm_fwd(x, mean, var, weight, bias, norm.eps, None, 0.0, None)[0]
-        return _normalise(x, mean, var, weight, bias, norm.eps)
+            (y,) = batch_norm_fwd(x, mean, var, weight, bias, norm.eps, None, 0.0, None)
+        else:
+            y = _normalise(x, mean, var, weight, bias, norm.eps)
+        return _from_rows(y, input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, total, mean, var = ctx.saved_tensors
+        input, weight, bias, total, mean, var = ctx.saved_tensors
         eps, ranks, by_kernels = ctx.options
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if needs_torch(grad_output):
 
-            def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            def again(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                x = _rows(input)
                 wide = x.to(mean.dtype)
                 n = total.to(mean.dtype)
                 centre = differentiable_all_reduce(wide.sum(0), group=ranks.group) / n
                 spread = differentiable_all_reduce(((wide - centre) ** 2).sum(0), group=ranks.group) / n
-                return _normalise(x, centre, spread, weight, bias, eps)
+                return _from_rows(_normalise(x, centre, spread, weight, bias, eps), input)
 
-            return *differentiable_grads(grad_output, (x, weight, bias), wanted, again), None, None, None
+            return *differentiable_grads(grad_output, (input, weight, bias), wanted, again), None, None, None
+        x, dy = _rows(input), _rows(grad_output)
         norm = mean, var, weight, bias, eps
         if by_kernels:
-            sums, *_ = batch_norm_bwd_sums(grad_output, x, *norm, None, 0.0, None)
+            sums, *_ = batch_norm_bwd_sums(dy, x, *norm, None, 0.0, None)
         else:
-            wide, xhat = grad_output.to(mean.dtype), (x.to(mean.dtype) - mean) * (var + eps).rsqrt()
+            wide, xhat = dy.to(mean.dtype), (x.to(mean.dtype) - mean) * (var + eps).rsqrt()
             sums = torch.stack([wide.sum(0), (wide * xhat).sum(0)]).double()
         dbias, dweight = (
             sums[i].to(t.dtype) if t is not None and need else None
@@ -126,13 +137,14 @@ class SyncBatchNormFunction(Function):
             # batch_norm_bwd divides the sums by this rank's number of rows, but the divisor must be that of all ranks.
             shares = start_all_reduce(sums.clone(), ranks)() * (len(x) / total)
             if by_kernels:
-                (dx,) = batch_norm_bwd(grad_output, x, *norm, shares, None, 0.0, None)
+                (dx,) = batch_norm_bwd(dy, x, *norm, shares, None, 0.0, None)
             elif len(x):
                 mean_dy, mean_dy_xhat = (shares / len(x)).to(mean.dtype)
                 dx = (wide - mean_dy - xhat * mean_dy_xhat) * (var + eps).rsqrt()  # pyright: ignore
                 dx = (dx if weight is None else dx * weight.to(dx.dtype)).to(x.dtype)
             else:
                 dx = torch.zeros_like(x)
+            dx = _from_rows(dx, input)
         return dx, dweight, dbias, None, None, None
 
 

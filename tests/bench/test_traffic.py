@@ -13,7 +13,7 @@ from fusemlp.bench.traffic import AtenTraffic, count_eager, count_floor, count_f
 from fusemlp.kernels import cost
 from fusemlp.kernels.batch_norm import batch_norm_fwd, merge_grad_sums
 from fusemlp.kernels.cost import Launch
-from fusemlp.kernels.dropout import DropoutArgs, dropout
+from fusemlp.kernels.dropout import dropout
 from fusemlp.kernels.linear import (
     activation_bwd,
     linear_dgrad,
@@ -230,7 +230,7 @@ def touched(monkeypatch):
         pytest.param(lambda: linear_wgrad(bf16(512, 13), bf16(512, 50), True), id="wgrad-split"),
         pytest.param(lambda: linear_fwd_norm(bf16(13, 37), bf16(50, 37), None, *ones(50), 1e-5, None), id="fwd-norm"),
         pytest.param(
-            lambda: linear_dgrad_dropout(bf16(13, 37), bf16(37, 50), bf16(13, 50), DropoutArgs(), "relu"),
+            lambda: linear_dgrad_dropout(bf16(13, 37), bf16(37, 50), bf16(13, 50), "relu", 0.0, None),
             id="dgrad-x",
         ),
         pytest.param(lambda: batch_norm_fwd(bf16(30, 100), *ones(100), 1e-5, "relu", 0.0, None), id="norm-fwd"),

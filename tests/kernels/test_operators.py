@@ -21,6 +21,7 @@ NAMES = sorted(
 TARGET = torch.arange(5) % 3
 NETS = {
     "MLP": (lambda: MLP(6, [8, 8], 3, batch_norm=True, dropout=0.5), ()),
+    "dropout and linear": (lambda: MLP(6, [8], 3, dropout=0.5), ()),
     "tanh": (lambda: MLP(6, [8], 3, activation="tanh", out_activation="tanh"), ()),
     "running averages": (lambda: MLP(6, [8], 3, batch_norm=True).eval().requires_grad_(False), ()),
     "layer norm": (lambda: MLP(6, [8, 8], 3, norm="layer", residual=True), ()),

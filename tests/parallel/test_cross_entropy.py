@@ -257,7 +257,7 @@ def test_no_rows(backend):
     on_ranks(2, no_rows, backend)
 
 
-def compiled():
+def compiled(backend):
     mesh = everyone()
     logits, target = part(torch.randn(6, 16), mesh), torch.randint(16, (6,))
     found = []
@@ -266,14 +266,16 @@ def compiled():
         torch.compile(vocab_parallel_cross_entropy, fullgraph=True, backend="aot_eager"),
     ):
         leaf = logits.clone().requires_grad_()
-        loss = function(leaf, target, mesh=mesh)
-        loss.backward()
+        with launch.backend(backend):
+            loss = function(leaf, target, mesh=mesh)
+            loss.backward()
         found.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(*found)
 
 
-def test_compiled():
-    on_ranks(2, compiled)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiled(backend):
+    on_ranks(2, compiled, backend)
 
 
 def slices(split):

@@ -163,6 +163,32 @@ def test_conversion_keeps_parameters_and_names():
     on_ranks(2, converted)
 
 
+def strides(backend):
+    norm = SyncBatchNorm1d(CHANNELS, mesh=everyone())
+    with launch.backend(backend):
+        for x in (torch.randn(3, CHANNELS, 4), torch.randn(3, 4, CHANNELS).mT, torch.randn(CHANNELS, 3).t()):
+            y = norm(x.requires_grad_())
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert y.is_contiguous()
+            assert dx.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_results_are_contiguous_as_torchs(backend):
+    on_ranks(2, strides, backend)
+
+
+def batched():
+    x = torch.randn(3, CHANNELS, requires_grad=True)
+    y = SyncBatchNorm1d(CHANNELS, mesh=everyone())(x)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
+
+
+def test_collectives_refuse_batched_gradients_on_all_ranks():
+    on_ranks(2, batched)
+
+
 def one_value():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         SyncBatchNorm1d(3, mesh=everyone())(torch.ones(1, 3))
