@@ -53,10 +53,10 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def _no_classes(dtype: tl.constexpr, BLOCK_M: tl.constexpr):
+def _no_classes(dtype: tl.constexpr, sum_dtype: tl.constexpr, BLOCK_M: tl.constexpr):
     """m, total, b and a of a range without classes."""
-    zero = tl.zeros((BLOCK_M,), dtype)
-    return tl.full((BLOCK_M,), float("-inf"), dtype), zero, zero, zero
+    zero = tl.zeros((BLOCK_M,), sum_dtype)
+    return tl.full((BLOCK_M,), float("-inf"), dtype), tl.zeros((BLOCK_M,), dtype), zero, zero
 
 
 @triton.jit
@@ -129,7 +129,9 @@ def _ranges_kernel(
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target, target_rows = index[:, None], rows
     one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
-    m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
+    # Probabilities may be any numbers, and terms of both signs cancel. So b and a are summed in float64.
+    SUM_DTYPE: tl.constexpr = tl.float64 if PROBABILITIES else ACC_DTYPE
+    m, total, b, a = _no_classes(ACC_DTYPE, SUM_DTYPE, BLOCK_M)
     begin = split * classes_per_split
     end = tl.minimum(begin + classes_per_split, C)
     for first in range(begin, end, BLOCK_C):
@@ -150,6 +152,9 @@ def _ranges_kernel(
             q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
             # Skip logits without weight: 0 times -inf would be nan.
             counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
+            if PROBABILITIES:
+                q = q.to(SUM_DTYPE)
+                relative = logits.to(SUM_DTYPE) - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
             tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
             # 4. Merge the tile with the classes before it.
             m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
@@ -180,7 +185,7 @@ def _merge_ranges_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     size = tl.cast(splits, tl.int64) * M
-    m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
+    m, total, b, a = _no_classes(ACC_DTYPE, ACC_DTYPE, BLOCK_M)
     for split in range(splits):
         ptrs = partial_ptr + tl.cast(split, tl.int64) * M + rows
         m, total, b, a = _merge_ranges(
@@ -202,6 +207,8 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
         weight += tl.load(sums_ptr + programs + offs, mask=offs < programs, other=0.0)
     total = tl.sum(loss, axis=0)
     total_weight = tl.sum(weight, axis=0)
+    # A mean over no weight is nan, as are its gradients. With label smoothing, dividing by 0 would make them infinite.
+    total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
     if MEAN:
         total = total / total_weight
     store_rounded(loss_ptr, total, 0, None)

@@ -71,14 +71,16 @@ def _pitch(classes: int) -> int:
 
 
 def _total_weight(target: Tensor, rules: Rules) -> Tensor:
-    """The number () float64 that a mean is divided by, which depends on the targets alone."""
+    """The number () float64 that a mean is divided by, which depends on the targets alone: nan for 0."""
     if target.is_floating_point():
         return torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
     counts = target != rules.ignore_index
     if rules.weight is None:
-        return counts.sum(dtype=torch.float64)
-    counts = counts & (target >= 0) & (target < rules.classes)
-    return rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
+        total = counts.sum(dtype=torch.float64)
+    else:
+        counts = counts & (target >= 0) & (target < rules.classes)
+        total = rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
+    return total.where(total != 0, float("nan"))
 
 
 def _linear_cross_entropy_outputs(
