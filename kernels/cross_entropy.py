@@ -197,7 +197,9 @@ def _merge_ranges_kernel(
 
 
 @triton.jit
-def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_kernel(
+    sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Add up sums (2, programs) in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
     loss = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
@@ -207,8 +209,9 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
         weight += tl.load(sums_ptr + programs + offs, mask=offs < programs, other=0.0)
     total = tl.sum(loss, axis=0)
     total_weight = tl.sum(weight, axis=0)
-    # A mean over no weight is nan, as are its gradients. With label smoothing, dividing by 0 would make them infinite.
-    total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
+    if SMOOTHED:
+        # The other classes count even if the total weight is 0. The mean is then nan in PyTorch, and not infinite.
+        total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
     if MEAN:
         total = total / total_weight
     store_rounded(loss_ptr, total, 0, None)
@@ -297,11 +300,12 @@ def cross_entropy_rows(
     return sums
 
 
-def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, reduction: str) -> None:
+def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, rules: Rules, reduction: str) -> None:
     """Fill loss () and total_weight (), float64, from the sums of blocks of rows; reduction: "mean" or "sum"."""
     launch.launch(
         _reduce_kernel, 1, loss.device,
-        sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", **REDUCE,
+        sums, loss, total_weight, sums.shape[1],
+        MEAN=reduction == "mean", SMOOTHED=rules.smoothing is not None, **REDUCE,
     )  # fmt: skip
     cost.report("cross_entropy_reduce", 0, (sums, loss, total_weight))
 
@@ -354,5 +358,5 @@ def cross_entropy_fwd(
     rules = Rules(weight, ignore_index, smoothing or None, logits.shape[1])
     sums = cross_entropy_rows(logits, target, rules, stats, loss if reduction == "none" else None)
     if sums is not None:
-        cross_entropy_reduce(sums, loss, total_weight, reduction)
+        cross_entropy_reduce(sums, loss, total_weight, rules, reduction)
     return outputs

@@ -71,16 +71,16 @@ def _pitch(classes: int) -> int:
 
 
 def _total_weight(target: Tensor, rules: Rules) -> Tensor:
-    """The number () float64 that a mean is divided by, which depends on the targets alone: nan for 0."""
+    """The number () float64 that a mean is divided by, which depends on the targets alone."""
     if target.is_floating_point():
         return torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
     counts = target != rules.ignore_index
     if rules.weight is None:
-        total = counts.sum(dtype=torch.float64)
-    else:
-        counts = counts & (target >= 0) & (target < rules.classes)
-        total = rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
-    return total.where(total != 0, float("nan"))
+        return counts.sum(dtype=torch.float64)
+    counts = counts & (target >= 0) & (target < rules.classes)
+    total = rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
+    # As in `_reduce_kernel`.
+    return total if rules.smoothing is None else total.where(total != 0, float("nan"))
 
 
 def _linear_cross_entropy_outputs(
@@ -175,7 +175,7 @@ def linear_cross_entropy(
         elif db is not None:
             db.add_(logits.sum(0, dtype=acc))
     if reduction != "none":
-        cross_entropy_reduce(torch.cat(sums, 1), loss, loss.new_empty((), dtype=torch.float64), reduction)
+        cross_entropy_reduce(torch.cat(sums, 1), loss, loss.new_empty((), dtype=torch.float64), rules, reduction)
     return [loss, *(t.to(x.dtype) for t in (dx, dw, db) if t is not None)]
 
 
