@@ -48,7 +48,8 @@ class NormArgs(NamedTuple):
     """Arguments of `normalize`.
 
     Attributes:
-        mean, var: (N,), of the columns, or running averages; without a mean nothing is normalised.
+        mean, var: (N,), of the columns (float64, see `moments`), or running averages; without a mean nothing is
+            normalised.
         weight, bias: (N,) or None.
         eps: added to var.
     """
@@ -140,8 +141,10 @@ def _grad_sums_kernel(
     end = tl.minimum(begin + rows_per_split, M)
     # 2. Take a pivot near the mean that has few digits. Where many rows have the same x, x - mean is rounded the same
     #    way in all of them, and these errors add up. x - pivot has no such error if x has few digits, too.
-    mean = load_columns(norm.mean, col, N, ACC_DTYPE, BLOCK_N)
-    pivot = cut_to_tf32(mean) if mean.dtype == tl.float32 else mean
+    mean = load_columns(norm.mean, col, N, tl.float64, BLOCK_N)
+    pivot = mean.to(ACC_DTYPE)
+    if pivot.dtype == tl.float32:
+        pivot = cut_to_tf32(pivot)
     # 3. Add up the range, each thread its own elements.
     du_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     du_x_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
@@ -152,7 +155,7 @@ def _grad_sums_kernel(
         du_sum += du
         du_x_sum += du * (x - pivot)
     # 4. Store the two sums of each column: sum du xhat = rstd (sum du (x - pivot) - (mean - pivot) sum du).
-    rest = (mean.to(tl.float64) - pivot.to(tl.float64)).reshape(BLOCK_N)
+    rest = (mean - pivot.to(tl.float64)).reshape(BLOCK_N)
     rstd = load_rstd(norm, col, N, tl.float64, BLOCK_N).reshape(BLOCK_N)
     du_total = column_sums(du_sum)
     du_xhat_total = rstd * (column_sums(du_x_sum) - rest * du_total)

@@ -35,7 +35,7 @@ from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
-from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
+from .tile import acc_dtype, in_octets, triton_acc_dtype
 
 
 class Results(NamedTuple):
@@ -99,7 +99,7 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
     tl.store(results.stats + size + rows, log_total, mask=row_mask)
     tl.store(results.stats + size * 2 + rows, a, mask=row_mask)
     if results.loss is not None:
-        tl.store(results.loss + rows, cast(loss, results.loss.dtype.element_ty), mask=row_mask)
+        store_rounded(results.loss, loss.to(tl.float64), rows, row_mask)
     if results.sums is not None:
         tl.store(results.sums + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
         tl.store(results.sums + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
