@@ -9,8 +9,9 @@ forward keeps of each element:
 
 All functions compute in the dtype of the accumulator (`tile.acc_dtype`).
 """
-# pyright: reportAttributeAccessIssue=false
-# (the checker sees no fields of a constexpr)
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (the checker takes a @triton.jit function that unpacks a result for one that never returns, and sees no fields of a
+# constexpr)
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
