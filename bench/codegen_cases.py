@@ -79,14 +79,15 @@ def pass_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the name and launches of every pass over activations or logits, on uninitialised tensors of a dtype."""
     M, N = 4096, 1024
     x, dy = (torch.empty(M, N, dtype=dtype) for _ in range(2))
-    mean, var, weight, bias = (torch.empty(N) for _ in range(4))
+    running_mean, running_var, weight, bias = (torch.empty(N) for _ in range(4))
+    mean, var = torch.empty(2, N, dtype=torch.float64)
     seed = torch.empty(1, dtype=torch.int64)
     norm = NormArgs(mean, var, weight, bias, 1e-5)
     for name, entry in ACTIVATIONS.items():
         kept = torch.empty(M, bitmask_width(N), dtype=torch.uint8) if entry.saves == "bitmask" else dy
         yield f"activation_bwd {name}", lambda name=name, kept=kept: activation_bwd(dy, name, kept)
     yield "dropout", lambda: dropout(x, 0.1, seed)
-    yield "column_moments", lambda: column_moments(x, mean, var, seed, 0.1)
+    yield "column_moments", lambda: column_moments(x, running_mean, running_var, seed, 0.1)
     for name in NORM_ACTIVATIONS:
         yield f"batch_norm_fwd {name} dropout", lambda name=name: batch_norm_fwd(x, *norm, name, 0.1, seed)
         yield (

@@ -9,8 +9,9 @@ forward keeps of each element:
 
 All functions compute in the dtype of the accumulator (`tile.acc_dtype`).
 """
-# pyright: reportAttributeAccessIssue=false
-# (the checker sees no fields of a constexpr)
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (the checker takes a @triton.jit function that unpacks a result for one that never returns, and sees no fields of a
+# constexpr)
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ import triton.language as tl
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715 * 1.5957691216057308)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
@@ -83,8 +85,9 @@ def elu(z):
 
 
 @triton.jit
-def elu_grad(grad, postact):
-    return tl.where(postact <= 0, grad * (postact + 1), grad)
+def elu_grad(grad, preact):
+    # The result plus 1 is the same number. But where it is small, a result of 16 bits has lost its digits.
+    return tl.where(preact <= 0, grad * tl.exp(preact), grad)
 
 
 @triton.jit
@@ -138,25 +141,28 @@ def gelu_grad(grad, preact):
 
 
 @triton.jit
-def _stable_sigmoid(z):
-    # Does not overflow, and is accurate for large negative z.
-    decay = tl.exp(-tl.abs(z))
-    return tl.where(z < 0, decay, 1) / (1 + decay)
+def _gelu_tanh_gate(z):
+    """decay = exp(-|2 u|), 1 / (1 + decay), and sigmoid(2 u), for u = sqrt(2 / pi) (z + 0.044715 z^3)."""
+    decay = tl.exp(-tl.abs(z * (SQRT_8_OVER_PI + CUBIC * (z * z))))
+    inverse = 1 / (1 + decay)
+    # decay cannot overflow, and keeps its digits for large negative z.
+    return decay, inverse, tl.where(z < 0, decay, 1) * inverse
 
 
 @triton.jit
 def gelu_tanh(z):
     # 0.5 (1 + tanh(u)) = sigmoid(2 u)
-    return z * _stable_sigmoid((z + 0.044715 * z * z * z) * SQRT_8_OVER_PI)
+    _, _, gate = _gelu_tanh_gate(z)
+    return z * gate
 
 
 @triton.jit
 def gelu_tanh_grad(grad, preact):
-    # (z s(2 u))' = s(2 u) + z 2 u' s(2 u) s(-2 u), where 1 - tanh(u)^2 would cancel.
-    doubled = (preact + 0.044715 * preact * preact * preact) * SQRT_8_OVER_PI
-    inner_grad = (1 + 3 * 0.044715 * preact * preact) * SQRT_8_OVER_PI
-    gate = _stable_sigmoid(doubled)
-    return grad * (gate + preact * inner_grad * gate * _stable_sigmoid(-doubled))
+    # (z s(2 u))' = s(2 u) + z 2 u' s(2 u) s(-2 u), where 1 - tanh(u)^2 would cancel, and s(2 u) s(-2 u) is
+    # decay / (1 + decay)^2. z 2 u' overflows where decay is 0, so multiply decay by one factor after the other.
+    decay, inverse, gate = _gelu_tanh_gate(preact)
+    slope = decay * inverse * inverse * preact
+    return grad * (gate + slope * SQRT_8_OVER_PI + slope * preact * preact * (3 * CUBIC))
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,14 @@ class Functions(NamedTuple):
     active: Any = None
     dact: Any = None
     dact_at: Any = None
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows compiled kernels by: the code of the functions.
+
+        Without it Triton would take their names, and run code compiled before a function was changed.
+        """
+        return " ".join(str(fn and fn.cache_key) for fn in self)
 
 
 @triton.jit
@@ -226,7 +240,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(relu, relu_grad, "bitmask", relu_active),
     "relu6": Activation(relu6, relu_grad, "bitmask", relu6_active),
     "leaky_relu": Activation(leaky_relu, leaky_relu_grad, "bitmask", leaky_relu_active),
-    "elu": Activation(elu, elu_grad, "postact"),
+    "elu": Activation(elu, elu_grad, "preact"),
     "sigmoid": Activation(sigmoid, sigmoid_grad, "postact"),
     "tanh": Activation(tanh, tanh_grad, "postact"),
     "silu": Activation(silu, silu_grad, "preact"),

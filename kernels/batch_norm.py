@@ -41,14 +41,15 @@ from .config import cdiv, pointwise_block, reduction_block, reduction_options, r
 from .dropout import drop, dropout_args
 from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .residual import add_residual, residual_args
-from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, cut_to_tf32, in_octets, load_tile, store_tile, triton_acc_dtype
 
 
 class NormArgs(NamedTuple):
     """Arguments of `normalize`.
 
     Attributes:
-        mean, var: (N,), of the columns, or running averages; without a mean nothing is normalised.
+        mean, var: (N,), of the columns (float64, see `moments`), or running averages; without a mean nothing is
+            normalised.
         weight, bias: (N,) or None.
         eps: added to var.
     """
@@ -138,17 +139,27 @@ def _grad_sums_kernel(
     col = tl.program_id(0) % tiles_n * BLOCK_N
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
-    # 2. Add up the range, each thread its own elements.
+    # 2. Take a pivot near the mean that has few digits. Where many rows have the same x, x - mean is rounded the same
+    #    way in all of them, and these errors add up. x - pivot has no such error if x has few digits, too.
+    mean = load_columns(norm.mean, col, N, tl.float64, BLOCK_N)
+    pivot = mean.to(ACC_DTYPE)
+    if pivot.dtype == tl.float32:
+        pivot = cut_to_tf32(pivot)
+    # 3. Add up the range, each thread its own elements.
     du_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    du_xhat_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    du_x_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         dy = load_tile(dy_ptr, row, col, end, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
         x = load_tile(x_ptr, row, col, end, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, False, True).to(ACC_DTYPE)
-        du, xhat = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
+        du, _ = normalized_grad(dy, x, norm, dropout, FNS, row, col, N, BLOCK_M, BLOCK_N)
         du_sum += du
-        du_xhat_sum += du * xhat
-    # 3. Store the two sums of each column.
-    store_partial(partial_ptr, column_sums(du_sum), column_sums(du_xhat_sum), split, splits, col, N, BLOCK_N)
+        du_x_sum += du * (x - pivot)
+    # 4. Store the two sums of each column: sum du xhat = rstd (sum du (x - pivot) - (mean - pivot) sum du).
+    rest = (mean - pivot.to(tl.float64)).reshape(BLOCK_N)
+    rstd = load_rstd(norm, col, N, tl.float64, BLOCK_N).reshape(BLOCK_N)
+    du_total = column_sums(du_sum)
+    du_xhat_total = rstd * (column_sums(du_x_sum) - rest * du_total)
+    store_partial(partial_ptr, du_total, du_xhat_total, split, splits, col, N, BLOCK_N)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
-from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
+from .tile import acc_dtype, in_octets, triton_acc_dtype
 
 
 class Results(NamedTuple):
@@ -53,10 +53,10 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def _no_classes(dtype: tl.constexpr, BLOCK_M: tl.constexpr):
+def _no_classes(dtype: tl.constexpr, sum_dtype: tl.constexpr, BLOCK_M: tl.constexpr):
     """m, total, b and a of a range without classes."""
-    zero = tl.zeros((BLOCK_M,), dtype)
-    return tl.full((BLOCK_M,), float("-inf"), dtype), zero, zero, zero
+    zero = tl.zeros((BLOCK_M,), sum_dtype)
+    return tl.full((BLOCK_M,), float("-inf"), dtype), tl.zeros((BLOCK_M,), dtype), zero, zero
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
     tl.store(results.stats + size + rows, log_total, mask=row_mask)
     tl.store(results.stats + size * 2 + rows, a, mask=row_mask)
     if results.loss is not None:
-        tl.store(results.loss + rows, cast(loss, results.loss.dtype.element_ty), mask=row_mask)
+        store_rounded(results.loss, loss.to(tl.float64), rows, row_mask)
     if results.sums is not None:
         tl.store(results.sums + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
         tl.store(results.sums + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
@@ -129,7 +129,9 @@ def _ranges_kernel(
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target, target_rows = index[:, None], rows
     one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
-    m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
+    # Probabilities may be any numbers, and terms of both signs cancel. So b and a are summed in float64.
+    SUM_DTYPE: tl.constexpr = tl.float64 if PROBABILITIES else ACC_DTYPE
+    m, total, b, a = _no_classes(ACC_DTYPE, SUM_DTYPE, BLOCK_M)
     begin = split * classes_per_split
     end = tl.minimum(begin + classes_per_split, C)
     for first in range(begin, end, BLOCK_C):
@@ -150,6 +152,9 @@ def _ranges_kernel(
             q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
             # Skip logits without weight: 0 times -inf would be nan.
             counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
+            if PROBABILITIES:
+                q = q.to(SUM_DTYPE)
+                relative = logits.to(SUM_DTYPE) - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
             tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
             # 4. Merge the tile with the classes before it.
             m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
@@ -180,7 +185,7 @@ def _merge_ranges_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     size = tl.cast(splits, tl.int64) * M
-    m, total, b, a = _no_classes(ACC_DTYPE, BLOCK_M)
+    m, total, b, a = _no_classes(ACC_DTYPE, ACC_DTYPE, BLOCK_M)
     for split in range(splits):
         ptrs = partial_ptr + tl.cast(split, tl.int64) * M + rows
         m, total, b, a = _merge_ranges(
@@ -192,7 +197,9 @@ def _merge_ranges_kernel(
 
 
 @triton.jit
-def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_kernel(
+    sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Add up sums (2, programs) in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
     loss = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
@@ -202,6 +209,9 @@ def _reduce_kernel(sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr,
         weight += tl.load(sums_ptr + programs + offs, mask=offs < programs, other=0.0)
     total = tl.sum(loss, axis=0)
     total_weight = tl.sum(weight, axis=0)
+    if SMOOTHED:
+        # The other classes count even if the total weight is 0. The mean is then nan in PyTorch, and not infinite.
+        total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
     if MEAN:
         total = total / total_weight
     store_rounded(loss_ptr, total, 0, None)
@@ -290,11 +300,12 @@ def cross_entropy_rows(
     return sums
 
 
-def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, reduction: str) -> None:
+def cross_entropy_reduce(sums: Tensor, loss: Tensor, total_weight: Tensor, rules: Rules, reduction: str) -> None:
     """Fill loss () and total_weight (), float64, from the sums of blocks of rows; reduction: "mean" or "sum"."""
     launch.launch(
         _reduce_kernel, 1, loss.device,
-        sums, loss, total_weight, sums.shape[1], MEAN=reduction == "mean", **REDUCE,
+        sums, loss, total_weight, sums.shape[1],
+        MEAN=reduction == "mean", SMOOTHED=rules.smoothing is not None, **REDUCE,
     )  # fmt: skip
     cost.report("cross_entropy_reduce", 0, (sums, loss, total_weight))
 
@@ -347,5 +358,5 @@ def cross_entropy_fwd(
     rules = Rules(weight, ignore_index, smoothing or None, logits.shape[1])
     sums = cross_entropy_rows(logits, target, rules, stats, loss if reduction == "none" else None)
     if sums is not None:
-        cross_entropy_reduce(sums, loss, total_weight, reduction)
+        cross_entropy_reduce(sums, loss, total_weight, rules, reduction)
     return outputs

@@ -103,7 +103,8 @@ def normalize_rows(x, norm, row, M, N, CENTRE: tl.constexpr, BLOCK_M: tl.constex
         x = tl.where((tl.arange(0, BLOCK_N) < N)[None, :], x - row_mean(x, N), 0.0)
         rest, square = two_row_means(x, x * x, N)
         x -= rest
-        var = square - rest * rest
+        # The squares of large numbers overflow. Then rstd is 0, as in PyTorch, and inf - inf would be nan.
+        var = tl.where(square == float("inf"), square, square - rest * rest)
         var = tl.where(var < 0, 0.0, var)
     else:
         var = row_mean(x * x, N)

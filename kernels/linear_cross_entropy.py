@@ -78,7 +78,9 @@ def _total_weight(target: Tensor, rules: Rules) -> Tensor:
     if rules.weight is None:
         return counts.sum(dtype=torch.float64)
     counts = counts & (target >= 0) & (target < rules.classes)
-    return rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
+    total = rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
+    # As in `_reduce_kernel`.
+    return total if rules.smoothing is None else total.where(total != 0, float("nan"))
 
 
 def _linear_cross_entropy_outputs(
@@ -173,7 +175,7 @@ def linear_cross_entropy(
         elif db is not None:
             db.add_(logits.sum(0, dtype=acc))
     if reduction != "none":
-        cross_entropy_reduce(torch.cat(sums, 1), loss, loss.new_empty((), dtype=torch.float64), reduction)
+        cross_entropy_reduce(torch.cat(sums, 1), loss, loss.new_empty((), dtype=torch.float64), rules, reduction)
     return [loss, *(t.to(x.dtype) for t in (dx, dw, db) if t is not None)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cost, gpu, launch
 from .config import cdiv, reduction_block, reduction_options, row_splits
-from .tile import INTERPRET, acc_dtype, all_octets, cast, in_octets, load_tile, triton_acc_dtype
+from .tile import INTERPRET, all_octets, cast, in_octets, load_tile, triton_acc_dtype
 
 
 @triton.jit
@@ -152,7 +152,6 @@ def merge_partial_moments(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
-    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Mean and variance of the columns of a matrix, merged from those of ranges of its rows.
 
@@ -164,13 +163,12 @@ def merge_partial_moments(
         batches: () int64, the number of batches so far, or None. With a momentum it is incremented. Without one the
             caller has incremented it.
         momentum: share of this batch in the running averages; None: 1 / batches, the average of all batches.
-        dtype: of the results.
 
     Returns:
-        [mean, var], (N,) each; var is the biased variance.
+        [mean, var], (N,) each, float64; var is the biased variance.
     """
     _, splits, N = partial.shape
-    mean, var = (partial.new_empty(N, dtype=dtype) for _ in range(2))
+    mean, var = (partial.new_empty(N, dtype=torch.float64) for _ in range(2))
     launch.launch(
         _merge_moments_kernel, cdiv(N, MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, mean, var, running_mean, running_var, batches,
@@ -187,9 +185,8 @@ def _column_moments_outputs(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
-    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape[1], dtype=dtype or acc_dtype(x.dtype)) for _ in range(2)]
+    return [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)]
 
 
 @launch.operator(_column_moments_outputs)
@@ -199,7 +196,6 @@ def column_moments(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
-    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Mean and variance of the columns of x.
 
@@ -209,10 +205,9 @@ def column_moments(
     Args:
         x: (M, N), any strides.
         running_mean, running_var, batches, momentum: see `merge_partial_moments`.
-        dtype: of the results; None: the accumulator's for x's dtype (`tile.acc_dtype`).
 
     Returns:
-        [mean, var], (N,) each; var is the biased variance.
+        [mean, var], (N,) each, float64; var is the biased variance.
 
     Raises:
         TypeError: x has no memory of its own (see `launch.check_addressable`).
@@ -230,5 +225,4 @@ def column_moments(
         **reduction_options(x.element_size()),
     )  # fmt: skip
     cost.report("batch_norm_moments", 0, (x, partial))
-    mean_dtype = dtype or acc_dtype(x.dtype)
-    return merge_partial_moments(partial, M, rows_per_split, running_mean, running_var, batches, momentum, mean_dtype)
+    return merge_partial_moments(partial, M, rows_per_split, running_mean, running_var, batches, momentum)

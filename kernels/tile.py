@@ -115,7 +115,7 @@ def store_tile(
 
 
 @triton.jit
-def _cut_to_tf32(x):
+def cut_to_tf32(x):
     """float32 x as tensor cores read it: 10 bits of mantissa are kept, the others are cut off."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
@@ -125,7 +125,7 @@ def _round_to_tf32(x):
     """float32 x rounded to 10 bits of mantissa, to nearest, with ties away from zero."""
     if INTERPRET:
         bits = x.to(tl.uint32, bitcast=True) + 0x1000
-        return tl.where(x == x, _cut_to_tf32(bits.to(tl.float32, bitcast=True)), x)
+        return tl.where(x == x, cut_to_tf32(bits.to(tl.float32, bitcast=True)), x)
     else:
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
 
@@ -138,7 +138,7 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
         a, b = _round_to_tf32(a), _round_to_tf32(b)
     if INTERPRET:
         if INPUT_PRECISION == "tf32":
-            a, b = _cut_to_tf32(a), _cut_to_tf32(b)
+            a, b = cut_to_tf32(a), cut_to_tf32(b)
         # The interpreter would multiply the raw bits of bfloat16 as integers, so convert first.
         return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
     else:

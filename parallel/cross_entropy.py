@@ -173,7 +173,10 @@ def by_torch(logits: Tensor, target: Tensor, weight: Tensor | None, shard: Shard
         if weight is not None:
             counts = weight.to(loss.dtype)[target.where(valid, 0)].where(valid & ~ignored, 0.0)
     if options.reduction != "none":
-        loss = loss.sum() / (counts.sum() if options.reduction == "mean" else 1)
+        total = counts.sum() if options.reduction == "mean" else counts.new_ones(())
+        # As in torch.nn.functional.cross_entropy: with label smoothing, a mean of no weight is nan and not infinite.
+        total = total.where(total != 0, torch.nan) if options.label_smoothing else total
+        loss = loss.sum() / total
     return loss if options.float32 else loss.to(dtype)
 
 
@@ -196,7 +199,7 @@ class VocabParallelCrossEntropyFunction(Function):
         sums = cross_entropy_merge(partial, target, rules, stats, loss if none else None)
         total_weight = stats.new_empty((), dtype=torch.float64)
         if sums is not None:
-            cross_entropy_reduce(sums, loss, total_weight, options.reduction)
+            cross_entropy_reduce(sums, loss, total_weight, rules, options.reduction)
         ctx.save_for_backward(logits, target, weight, stats, total_weight if options.reduction == "mean" else None)
         ctx.shard, ctx.options = shard, options
         return loss

@@ -73,7 +73,7 @@ def _merged_moments(x: Tensor, ranks: Ranks, by_kernels: bool) -> tuple[Tensor, 
     M, C = x.shape
     # Keep float64: the merge squares differences of the means of ranks.
     if by_kernels:
-        mean, var = column_moments(x, None, None, None, 0.0, torch.float64)
+        mean, var = column_moments(x, None, None, None, 0.0)
     elif M:
         var, mean = torch.var_mean(x.double(), 0, correction=0)
     else:

@@ -185,3 +185,43 @@ def test_cached_launches_are_tritons_own():
     assert len({call[0] for call in triton_rounds}) > 12
     assert filling == triton_rounds
     assert from_cache == triton_rounds
+
+
+COMPILED_ANEW = """
+import importlib, pathlib, sys, torch
+import triton.language as tl
+from triton.runtime import driver
+from fusemlp.bench.codegen import StubDriver
+from fusemlp.kernels import batch_norm
+from fusemlp.kernels.activation import Functions
+from fusemlp.kernels.batch_norm import NormArgs
+from fusemlp.kernels.dropout import DropoutArgs
+from fusemlp.kernels.residual import residual_args
+
+driver.set_active(StubDriver(90))
+x = torch.empty(64, 64)
+sys.path.insert(0, sys.argv[1])
+sys.dont_write_bytecode = True
+source = "import triton\\n\\n@triton.jit\\ndef act(z):\\n    return z * {}\\n"
+for factor in ("2.0", "3.0"):
+    pathlib.Path(sys.argv[1], "changed.py").write_text(source.format(factor))
+    sys.modules.pop("changed", None)
+    importlib.invalidate_caches()
+    fns = Functions(act=importlib.import_module("changed").act)
+    kernel = batch_norm._apply_kernel
+    kernel.device_caches.clear()  # as in a new process
+    compiled = kernel.warmup(
+        x, x, NormArgs(), DropoutArgs(), residual_args(None), 64, 64, 64, 1,
+        FNS=fns, ACC_DTYPE=tl.float32, OCTETS=True, BLOCK_M=16, BLOCK_N=64, grid=(4, 1, 1),
+    )
+    print(compiled.asm["ttir"].count(f"dense<{float(factor):e}"))
+"""
+
+
+def test_a_changed_device_function_is_compiled_anew(tmp_path):
+    """Triton's cache on disk outlives an update of the library."""
+    env = COMPILING | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COMPILED_ANEW, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [int(count) for count in done.stdout.split()] == [1, 1]

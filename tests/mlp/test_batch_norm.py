@@ -115,6 +115,26 @@ def test_large_mean_and_small_deviation_stay_accurate(make, kernels):
     assert_three_way(three_way(module, 1e4 + 1e-2 * (x - 2) / 3, grad))
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-5, 1e4, 1e30], ids=str)
+def test_inputs_of_every_magnitude(magnitude, dtype, training, make, kernels):
+    largest = 0.1 * torch.finfo(dtype).max
+    module, x, grad = make((12, 7))
+    x = (magnitude * x.double()).clamp(-largest, largest).to(dtype)
+    assert_three_way(three_way(module, x, grad.to(dtype), lambda module: module.train(training)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [37, 256])
+def test_a_gradient_that_is_alike_in_all_rows_leaves_none_of_the_weight(rows, dtype, make, kernels):
+    """The truth is 0. Numbers of few digits are rounded alike in many rows, and such errors must not add up."""
+    module, x, _ = make((rows, 60))
+    x = (x / 2).round().to(dtype)
+    assert_three_way(three_way(module, x, torch.tensor(1.5, dtype=dtype, device=x.device).expand_as(x)))
+
+
 @pytest.mark.parametrize("sms", [1, 2, 40])
 def test_splits_of_the_rows_merge_to_the_same(sms, make, kernels, monkeypatch):
     monkeypatch.setattr(gpu, "of", lambda _: gpu.INTERPRETER.scaled(sms))

@@ -99,6 +99,40 @@ EXTREMES = {
 }
 
 
+# NumPy, under the interpreter, notices the 0 / 0 that is meant.
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["plain", "smoothed"])
+def test_a_mean_of_no_weight_gives_what_torch_gives(smoothing, backend, device):
+    logits, target = made((6, 5), device=device, ignored=False)
+    weight = torch.tensor([0.0, 1, 0, 0, 2], device=device)
+    args = logits, target.fill_(3), weight, torch.ones((), device=device)
+    for mine, its in zip(
+        *(results(f.cross_entropy, *args, label_smoothing=smoothing) for f in (F, torch_F)), strict=True
+    ):
+        torch.testing.assert_close(mine, its, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [5, 30])
+def test_targets_that_are_no_probabilities(scale, kernels, device):
+    """Terms of both signs cancel, and what is left may be small beside their rounding errors."""
+    for seed in range(20, 30):
+        torch.manual_seed(seed)
+        logits, target = scale * torch.randn(6, 13, device=device), torch.randn(6, 13, device=device)
+        assert_three_way(logits, target, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-5, 1e4, 1e30], ids=str)
+@pytest.mark.parametrize(("kind", "smoothing"), [("indices", 0.0), ("indices", 0.2), ("probabilities", 0.0)])
+def test_logits_of_every_magnitude(kind, smoothing, magnitude, dtype, kernels, device):
+    logits, target = made((6, 13), kind, torch.float64, device)
+    # PyTorch adds up the classes and positions in the dtype of the logits.
+    largest = 0.01 * torch.finfo(dtype).max
+    logits = (magnitude * logits).clamp(-largest, largest).to(dtype)
+    target = target.to(dtype) if kind == "probabilities" else target
+    assert_three_way(logits, target, label_smoothing=smoothing, reduction="none")
+
+
 @pytest.mark.parametrize("ranges", [1, 3])
 @pytest.mark.parametrize("extreme", EXTREMES.values(), ids=EXTREMES)
 def test_extreme_logits(extreme, ranges, kernels, device, monkeypatch):

@@ -101,6 +101,17 @@ def test_the_rounding_error_of_a_large_mean_does_not_reach_the_result(kernels, d
     torch.testing.assert_close(F.layer_norm(x, (50,)).double(), truth, rtol=0, atol=2e-6)
 
 
+# NumPy, under the interpreter, notices the overflows that are meant.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-5, 1e4, 1e30], ids=str)
+def test_inputs_of_every_magnitude(magnitude, dtype, make, kernels):
+    """Where the mean square overflows, PyTorch's float32 result is the bias."""
+    largest = 0.1 * torch.finfo(dtype).max
+    module, twin, x, grad = make((6, 13))
+    assert_three_way(module, twin, (magnitude * x.double()).clamp(-largest, largest).to(dtype), grad.to(dtype))
+
+
 @pytest.mark.parametrize("sms", [1, 2, 40])
 def test_ranges_of_rows_give_the_same_gradients(sms, make, kernels, monkeypatch):
     monkeypatch.setattr(gpu, "of", lambda _: gpu.INTERPRETER.scaled(sms))

@@ -81,6 +81,15 @@ def test_options(kind, weighted, smoothing, reduction, kernels, device, monkeypa
     assert_three_way(*made(kind, device=device), weight, label_smoothing=smoothing, reduction=reduction)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_mean_of_no_weight_is_nan(kernels, device, monkeypatch):
+    in_chunks_of(32, monkeypatch)
+    params, target = made(device=device)
+    weight = torch.ones(CLASSES, device=device).index_fill(0, torch.tensor(1, device=device), 0.0)
+    found = results(ours, params, target.fill_(1), weight, torch.ones((), device=device), label_smoothing=0.2)
+    assert all(t.isnan().all() for t in found)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_gradcheck(kind, reduction, kernels, device, monkeypatch):
