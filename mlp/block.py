@@ -2,47 +2,36 @@
 
 import functools
 from abc import ABCMeta
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from .calls import ActivationCall, Calls, CannotFollow, ChildCall, calls_all_children, calls_of
+from .calls import ActivationCall, Block, CannotFollow, ChildCall, followed
 from .sequential import ACTIVATION_MODULES, is_plain, run_fused
 from .tracing import own_code
-
-
-class Block(NamedTuple):
-    """What a class of fused modules is made of.
-
-    Attributes:
-        base: the class of the modules before they were fused.
-        calls: what its forward calls; None for all children.
-    """
-
-    base: type[nn.Module]
-    calls: Calls | None
-
 
 # Kept outside of the classes, because any name in them can be one that the base, or an instance, has already.
 _BLOCKS: dict[type[nn.Module], Block] = {}
 
 
 def block_of(module: nn.Module) -> Block | None:
-    """What the module's class is made of; None for other classes than those of `block_class`."""
+    """What a fused module's forward calls; None if its class is not one of `block_class`."""
     return _BLOCKS.get(type(module))
 
 
 def modules_of(module: nn.Module, block: Block) -> list[nn.Module] | None:
     """The modules that forward runs, without those that do nothing; None if forward has to run itself.
 
-    It has to if a child or an attribute that it calls is not what it was, or if global hooks see which modules run.
+    It has to if the forward, a child or an activation that it calls is not what it was, or if global hooks see which
+    modules run.
     """
-    if _has_any_global_hook():
+    if not block.holds() or _has_any_global_hook():
         return None
     children = module._modules.values()
-    found = children if block.calls is None else [_called(module, call) for call in block.calls]
+    found = children if block.calls is None else [_called(module, block, call) for call in block.calls]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         return None
@@ -59,16 +48,18 @@ _ACTIVATIONS |= {(name, True): _in_place(make()) for name, make in ACTIVATION_MO
 _IDENTITY = {nn.Identity: nn.Identity.forward}
 
 
-def _called(module: nn.Module, call: ChildCall | ActivationCall) -> nn.Module | None:
-    """The module that makes the call, if it still leads to what it led to."""
+def _called(module: nn.Module, block: Block, call: ChildCall | ActivationCall) -> nn.Module | None:
+    """The module that makes a call of the block, if the call still leads to what it led to."""
     if isinstance(call, ActivationCall):
-        if call.held is None or vars(module).get(call.held.attribute) is call.held.function:
-            return _ACTIVATIONS[call.name, call.inplace]
-        return None
-    child = module._modules.get(call.name)
-    if call.activation is None or child is None or not is_plain(child, {call.kind: call.kind.forward}):
+        forward: FunctionType = block.base.forward  # pyright: ignore[reportAssignmentType]
+        holds = call.found is None or call.found.holds(module, forward)
+        return _ACTIVATIONS[call.name, call.inplace] if holds else None
+    child = None if call.name in vars(module) else module._modules.get(call.name)
+    within = call.block
+    if within is None or child is None or not is_plain(child, {within.base: within.base.forward}):
         return child
-    return _called(child, call.activation) or child
+    found = modules_of(child, within)
+    return found[0] if found else child
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -84,16 +75,17 @@ class _NoNotice:
 
 
 @functools.cache
-def block_class(base: type[nn.Module], calls: Calls | None) -> type[nn.Module]:
-    """The class of modules that are instances of `base` and run the calls as fused layers."""
-    block = Block(base, calls)
+def block_class(block: Block) -> type[nn.Module]:
+    """The class of modules that are instances of `block.base` and run its calls as fused layers."""
+    base = block.base
+    argument = block.code.co_varnames[1] if block.code else ""
 
     @own_code
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = *args, *kwargs.values()
         modules = None
-        if len(given) == 1 and not isinstance(given[0], Proxy):
+        if len(given) == 1 and (args or argument in kwargs) and not isinstance(given[0], Proxy):
             modules = modules_of(self, block)
         return base.forward(self, *args, **kwargs) if modules is None else run_fused(modules, given[0])
 
@@ -116,8 +108,8 @@ def block_class(base: type[nn.Module], calls: Calls | None) -> type[nn.Module]:
 def _restore(block: Block, make: Any, args: tuple[Any, ...]) -> nn.Module:
     """Make a module of the base, as its pickle says, and give it the fused class; for pickle and copy."""
     module = make(*args)
-    if type(module) is block.base:
-        become(module, block_class(*block))
+    if type(module) is block.base and block.code is not None:
+        become(module, block_class(block))
     return module
 
 
@@ -132,11 +124,7 @@ def fused_class(module: nn.Module) -> type[nn.Module]:
         raise CannotFollow("it has hooks or a replaced forward")
     if type(kind) not in (type, ABCMeta):
         raise CannotFollow("its class has a metaclass, which may do more when a subclass is made")
-    if calls_all_children(module):
-        return block_class(kind, None)
-    if kind.__module__.startswith("torch."):
-        raise CannotFollow("it is a module of PyTorch that does more than to call its children")
-    calls = calls_of(module)
-    if len(calls) < 2:
-        raise CannotFollow(f"its forward makes {'one' if calls else 'no'} call")
-    return block_class(kind, calls)
+    block = followed(module)
+    if block.calls is not None and len(block.calls) < 2:
+        raise CannotFollow(f"its forward makes {'one' if block.calls else 'no'} call")
+    return block_class(block)

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from .sequential import activation_name, is_plain
 
-# The functions and methods of activations, and the modules that compute the same with the same arguments.
-ACTIVATION_FUNCTIONS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
+# The functions of activations, and the modules that compute the same with the same arguments after the first.
+ACTIVATION_FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
     **dict.fromkeys((torch.relu, functional.relu), nn.ReLU),
     **dict.fromkeys((torch.sigmoid, functional.sigmoid), nn.Sigmoid),
     **dict.fromkeys((torch.tanh, functional.tanh), nn.Tanh),
@@ -29,14 +29,30 @@ ACTIVATION_FUNCTIONS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     functional.elu: nn.ELU,
     functional.relu6: nn.ReLU6,
 }
+WITHOUT_ARGUMENTS = {torch.relu}  # unlike its module
 ACTIVATION_METHODS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
-class Held(NamedTuple):
-    """An attribute of a module that held an activation of PyTorch when its forward was followed."""
+class Found(NamedTuple):
+    """Where a forward found the function of an activation.
 
-    attribute: str
-    function: Callable[..., Any]
+    Attributes:
+        path: the name of a global and the attributes that follow it, such as ("functional", "relu"); or the name of an
+            attribute of the module.
+        of_module: whether it is an attribute of the module.
+        kind: the module that computes the same.
+    """
+
+    path: tuple[str, ...]
+    of_module: bool
+    kind: type[nn.Module]
+
+    def holds(self, module: nn.Module, forward: FunctionType) -> bool:
+        """Whether the same activation is still there."""
+        names: Any = vars(module) if self.of_module else forward.__globals__
+        for name in self.path[:-1]:
+            names = vars(names.get(name, self))
+        return activation_of(names.get(self.path[-1])) is self.kind
 
 
 class ActivationCall(NamedTuple):
@@ -45,12 +61,12 @@ class ActivationCall(NamedTuple):
     Attributes:
         name: of the activation in fusemlp.
         inplace: whether its result replaces its input.
-        held: where forward found it, if that was an attribute of the module.
+        found: where its function was; None for a method of tensors.
     """
 
     name: str
     inplace: bool = False
-    held: Held | None = None
+    found: Found | None = None
 
 
 class ChildCall(NamedTuple):
@@ -58,34 +74,70 @@ class ChildCall(NamedTuple):
 
     Attributes:
         name: of the child.
-        activation: what the child's forward is, if its class is of another library and it is one activation; or None.
-        kind: this class.
+        block: what the child's forward is, if its class is of another library and it is one activation; else None.
     """
 
     name: str
-    activation: ActivationCall | None = None
-    kind: type[nn.Module] = nn.Module
+    block: "Block | None" = None
 
 
 Calls = tuple[ChildCall | ActivationCall, ...]
+
+
+class Block(NamedTuple):
+    """A class of modules whose forward only calls children and activations, each on what the one before it returned.
+
+    Attributes:
+        base: the class.
+        code: that of its forward; None if the class has changed since the block was pickled.
+        calls: what forward calls; None for all children, as in nn.Sequential.
+    """
+
+    base: type[nn.Module]
+    code: CodeType | None
+    calls: Calls | None
+
+    def holds(self) -> bool:
+        """Whether the class still has the forward that was followed."""
+        if self.calls is None and getattr(self.base, "__iter__", None) is not nn.Sequential.__iter__:
+            return False
+        return getattr(self.base.forward, "__code__", None) is self.code
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (self.base, _fingerprint(self.code), self.calls)
+
+
+def _fingerprint(code: CodeType | None) -> Any:
+    """What tells code from other code, without its place in a file."""
+    return code and (code.co_code, code.co_consts, code.co_names)
+
+
+def _unpickled(base: type[nn.Module], fingerprint: Any, calls: Calls | None) -> Block:
+    code = getattr(base.forward, "__code__", None)
+    return Block(base, code if _fingerprint(code) == fingerprint else None, calls)
 
 
 class CannotFollow(Exception):
     """Says why a forward cannot be replaced by its calls."""
 
 
-def calls_of(module: nn.Module) -> Calls:
-    """The children and activations that a module's forward calls, each on what the one before it returned.
+def followed(module: nn.Module) -> Block:
+    """What the forward of a module calls.
 
     Raises:
         CannotFollow: forward does something else, or it cannot be known.
     """
-    _check_class(type(module))
-    _check_code(type(module).forward)
-    forward = type(module).forward
+    kind = type(module)
+    _check_class(kind)
+    if kind.forward is nn.Sequential.forward and getattr(kind, "__iter__", None) is nn.Sequential.__iter__:
+        return Block(kind, kind.forward.__code__, None)
+    if kind.__module__.startswith("torch."):
+        raise CannotFollow("it is a module of PyTorch that does more than to call its children")
+    forward = inspect.getattr_static(kind, "forward")
+    _check_code(forward)
     run = _Run(module)
     names = set(forward.__code__.co_names)
-    seen = {name: _stand_in(value, run) for name, value in forward.__globals__.items() if name in names}
+    seen = {name: _stand_in(value, (name,), run) for name, value in forward.__globals__.items() if name in names}
     namespace = {name: value for name, value in seen.items() if value is not None} | {"__builtins__": {}}
     try:
         output = FunctionType(forward.__code__, namespace)(_Self(run), run.latest)
@@ -97,13 +149,7 @@ def calls_of(module: nn.Module) -> Calls:
         raise _does_more(type(error).__name__) from None
     if output is not run.latest:
         raise CannotFollow("its forward does not return the output of its last call")
-    return tuple(run.calls)
-
-
-def calls_all_children(module: nn.Module) -> bool:
-    """Whether the forward of a module is that of nn.Sequential, with all that it relies on."""
-    kind = type(module)
-    return kind.forward is nn.Sequential.forward and getattr(kind, "__iter__", None) is nn.Sequential.__iter__
+    return Block(kind, forward.__code__, tuple(run.calls))
 
 
 def _does_more(what: str) -> CannotFollow:
@@ -112,7 +158,7 @@ def _does_more(what: str) -> CannotFollow:
 
 def _check_class(kind: type[nn.Module]) -> None:
     """Raise an error for a class whose instances look up attributes, or are called, in a way of their own."""
-    if kind.__call__ is not nn.Module.__call__:
+    if kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl:
         raise CannotFollow("its class replaces __call__")
     if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:
         raise CannotFollow("its class looks up attributes by itself")
@@ -168,6 +214,7 @@ def _refuse(operation: str) -> Callable[..., Any]:
 
 _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _OTHERS = (
+    *("eq", "ne", "lt", "le", "gt", "ge"),
     *("neg", "pos", "abs", "invert", "bool", "len", "iter", "getitem", "setitem", "delitem", "contains", "call"),
     *("setattr", "delattr", "enter", "exit", "format", "str", "repr", "index", "int", "float"),
 )
@@ -202,13 +249,13 @@ class _Run:
         return self.latest
 
     def activate(
-        self, make: Callable[..., nn.Module], held: Held | None, args: tuple[Any, ...], options: dict[str, Any]
+        self, kind: type[nn.Module], found: Found | None, args: tuple[Any, ...], options: dict[str, Any]
     ) -> "_Value":
-        """Note a call of an activation, which the module that `make` makes of its options computes as well."""
-        module = make(*args[1:], **options)
+        """Note a call of an activation, which a module of this kind with the same options computes as well."""
+        module = kind(*args[1:], **options)
         if (name := activation_name(module)) is None:
             raise _does_more(f"{module}")
-        return self.call(ActivationCall(name, bool(getattr(module, "inplace", False)), held), name, args[:1])
+        return self.call(ActivationCall(name, bool(getattr(module, "inplace", False)), found), name, args[:1])
 
 
 class _Value(_StandIn):
@@ -218,9 +265,9 @@ class _Value(_StandIn):
 
     def __getattribute__(self, name: str) -> "_Callable":
         run: _Run = _about(self)
-        if (make := ACTIVATION_METHODS.get(name)) is None:
+        if (kind := ACTIVATION_METHODS.get(name)) is None:
             raise _does_more(name)
-        return _Callable(lambda *args, **options: run.activate(make, None, (self, *args), options))
+        return _Callable(lambda: run.activate(kind, None, (self,), {}))
 
 
 class _Callable(_StandIn):
@@ -233,13 +280,13 @@ class _Callable(_StandIn):
 
 
 class _Namespace(_StandIn):
-    """Stands for a module of Python; about: that module and the `_Run`."""
+    """Stands for a module of Python; about: that module, its names in forward, and the `_Run`."""
 
     __slots__ = ()
 
     def __getattribute__(self, name: str) -> _StandIn:
-        module, run = _about(self)
-        found = _stand_in(vars(module).get(name), run)
+        module, path, run = _about(self)
+        found = _stand_in(vars(module).get(name), (*path, name), run)
         if found is None:
             raise _does_more(f"{module.__name__}.{name}")
         return found
@@ -256,8 +303,9 @@ class _Self(_StandIn):
             attributes = vars(run.module)
             if name not in attributes and run.module._modules.get(name) is not None:
                 return _child(name, run)
-            if (function := _activation(attributes.get(name))) is not None:
-                return _activation_call(function, Held(name, function), run)
+            function: Any = attributes.get(name)
+            if activation_of(function) is not None:
+                return _activation_call(function, (name,), True, run)
         raise CannotFollow(f"its forward reads the attribute {name}, which is neither a child nor an activation")
 
     def __getitem__(self, index: Any) -> _Callable:
@@ -284,27 +332,34 @@ def _child_call(name: str, child: Any) -> ChildCall:
     kind = type(child)
     if not kind.__module__.startswith(("torch.", "fusemlp.")) and is_plain(child, {kind: kind.forward}):
         try:
-            match calls_of(child):
-                case (ActivationCall() as activation,):
-                    return ChildCall(name, activation, kind)
+            block = followed(child)
         except CannotFollow:
-            pass
+            return ChildCall(name)
+        match block.calls:
+            case (ActivationCall(),):
+                return ChildCall(name, block)
     return ChildCall(name)
 
 
-def _stand_in(value: Any, run: _Run) -> _StandIn | None:
-    """What stands for the value of a name outside of forward; None if forward may not use it."""
+def _stand_in(value: Any, path: tuple[str, ...], run: _Run) -> _StandIn | None:
+    """What stands for the value that forward finds at a path; None if forward may not use it."""
     if any(value is module for module in (torch, torch.nn, functional)):
-        return _Namespace((value, run))
-    function = _activation(value)
-    return None if function is None else _activation_call(function, None, run)
+        return _Namespace((value, path, run))
+    return None if activation_of(value) is None else _activation_call(value, path, False, run)
 
 
-def _activation(value: Any) -> Callable[..., Any] | None:
-    """The value, if it is an activation of PyTorch."""
-    return value if isinstance(value, FunctionType | BuiltinFunctionType) and value in ACTIVATION_FUNCTIONS else None
+def activation_of(value: Any) -> type[nn.Module] | None:
+    """The module that computes the same as a function of PyTorch's activations; None for anything else."""
+    return ACTIVATION_FUNCTIONS.get(value) if isinstance(value, FunctionType | BuiltinFunctionType) else None
 
 
-def _activation_call(function: Callable[..., Any], held: Held | None, run: _Run) -> _Callable:
-    make = ACTIVATION_FUNCTIONS[function]
-    return _Callable(lambda *args, **options: run.activate(make, held, args, options))
+def _activation_call(function: Callable[..., Any], path: tuple[str, ...], of_module: bool, run: _Run) -> _Callable:
+    kind = ACTIVATION_FUNCTIONS[function]
+    found = Found(path, of_module, kind)
+
+    def call(*args: Any, **options: Any) -> _Value:
+        if function in WITHOUT_ARGUMENTS and (options or len(args) > 1):
+            raise _does_more(f"{kind.__name__} with arguments")
+        return run.activate(kind, found, args, options)
+
+    return _Callable(call)

@@ -20,7 +20,7 @@ FORWARDS = {kind: kind.forward for kind in (nn.Linear, Linear, nn.BatchNorm1d, B
 
 
 # What runs the children of a container when it is called.
-METHODS = ("__call__", "forward", "run_all", "run_on_one_device", "run")
+METHODS = ("__call__", "__iter__", "forward", "_fusemlp_run_on_one_device", "_fusemlp_run")
 
 
 def _runs(kind: type[nn.Module]) -> tuple[Any, ...]:

@@ -129,25 +129,25 @@ class FuseReport(list[Fused]):
 def fuse_report(module: nn.Module) -> FuseReport:
     """What `fuse` makes of each part of a module, and why. The module may have been fused already."""
     fused = _outline(module, {})
-    against: dict[nn.Module, str] = {}
+    against: dict[int, str] = {}  # by the identity of modules, whose equality is theirs to define
     for decision in list(_decisions(fused)):
         if decision.kind is None:
-            against[decision.module] = decision.reason
+            against[id(decision.module)] = decision.reason
         else:
             become(decision.module, decision.kind)
-    members: dict[nn.Module, str] = {}
+    members: dict[int, str] = {}
     for container in fused.modules():
         for linear, following in _layers_of(container):
             names = ", ".join(_described(child) for child in following)
-            members[linear] = f"one layer with {names}" if names else "alone"
-            members.update((child, f"into the {_described(linear)} before it") for child in following)
+            members[id(linear)] = f"one layer with {names}" if names else "alone"
+            members.update((id(child), f"into the {_described(linear)} before it") for child in following)
     report = FuseReport()
     for name, each in fused.named_modules():
         kind = type(each).__name__
-        if each in against:
-            report.append(Fused(name, kind, "left", against[each]))
-        elif each in members:
-            report.append(Fused(name, kind, "fused", members[each]))
+        if id(each) in against:
+            report.append(Fused(name, kind, "left", against[id(each)]))
+        elif id(each) in members:
+            report.append(Fused(name, kind, "fused", members[id(each)]))
         elif isinstance(each, Sequential) or block_of(each):
             report.append(Fused(name, kind, "fused", "its children run as fused layers"))
         elif isinstance(each, Dropout) and each.inplace:
@@ -172,7 +172,9 @@ def _decisions(root: nn.Module) -> Iterator[_Decision]:
             continue
         has_linear = any(isinstance(child, nn.Linear) for child in module.children())
         if kind is nn.Sequential:
-            if has_linear:
+            if has_linear and "forward" in vars(module):
+                yield _Decision(module, None, "it has hooks or a replaced forward")
+            elif has_linear:
                 yield _Decision(module, Sequential)
         elif kind in NAMESAKES:
             reason = _obstacle(module)
@@ -214,23 +216,23 @@ def _described(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _unfused(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Undo `fuse` in a module and its children; made: what has become of modules so far."""
-    if module not in made:
-        made[module] = module
+def _unfused(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Undo `fuse` in a module and its children; made: what has become of modules so far, by their identity."""
+    if id(module) not in made:
+        made[id(module)] = module
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else _unfused(child, made)
         block = block_of(module)
         become(module, block.base if block else TORCHS.get(type(module), type(module)))
-        made[module] = _without_fusion(module)
-    return made[module]
+        made[id(module)] = _without_fusion(module)
+    return made[id(module)]
 
 
 def _without_fusion(module: nn.Module) -> nn.Module:
     """What a module without a namesake becomes; other modules stay."""
     if type(module) is LinearReLU:
         become(module, nn.Linear)
-        return nn.Sequential(module, nn.ReLU())
+        return nn.Sequential(module, nn.ReLU()).train(module.training)
     return _as_graph(module) if type(module) is Residual else module
 
 
@@ -252,10 +254,11 @@ def _sharing_copy(module: nn.Module) -> Any:
         raise RuntimeError(f"module: copy.deepcopy cannot copy it ({error}); give inplace=True to change it") from error
 
 
-def _outline(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A tree of the same classes and attributes, in which classes can be changed."""
-    if module not in made:
-        made[module] = twin = object.__new__(type(module))
-        children = {name: child and _outline(child, made) for name, child in module._modules.items()}
-        vars(twin).update(vars(module), _modules=children)
-    return made[module]
+def _outline(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A tree of the same classes and attributes, whose classes can be changed; made: its parts so far, by identity."""
+    if id(module) not in made:
+        made[id(module)] = twin = object.__new__(type(module))
+        children = module._modules.items()
+        twins = {name: None if child is None else _outline(child, made) for name, child in children}
+        vars(twin).update(vars(module), _modules=twins)
+    return made[id(module)]

@@ -14,6 +14,7 @@ from .check import check_activation, check_bool, check_choice, check_probability
 from .modules import BatchNorm1d, Dropout, LayerNorm, Linear, RMSNorm
 from .reference import Activation
 from .sequential import ACTIVATION_MODULES, Residual, Sequential, begins_layer, by_kernels
+from .tracing import leaf
 
 Init = Literal["auto", "he", "xavier", "orthogonal", "normal", "uniform", "identity", "zero", "torch"]
 
@@ -148,12 +149,13 @@ class MLP(Sequential):
         self.reset_parameters()
 
     def __getitem__(self, idx: slice | int) -> nn.Module:
-        # Not of the class of the net, whose constructor takes widths.
-        return (
-            Sequential(OrderedDict([*self._modules.items()][idx]))
-            if isinstance(idx, slice)
-            else super().__getitem__(idx)
-        )
+        if isinstance(idx, slice):  # not an MLP, whose constructor takes widths
+            return Sequential(OrderedDict([*self._modules.items()][idx]))
+        return super().__getitem__(idx)
+
+    @leaf
+    def forward(self, input: Any) -> Any:
+        return super().forward(input)
 
     def reset_parameters(self) -> None:
         """Draw the weights of all layers, one after the other, and reset their normalisation."""
@@ -167,19 +169,21 @@ class MLP(Sequential):
         """Draw the weights of one layer. Subclasses may override this method."""
         init_linear(layer, self.init, self.activation, self.bias_init)
 
-    def run_on_one_device(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+    def _fusemlp_run_on_one_device(
+        self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False
+    ) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled():
-            return super().run_on_one_device(modules, input)
+            return super()._fusemlp_run_on_one_device(modules, input)
         if by_kernels(input, *(parameter for module in modules for parameter in module.parameters())):
-            return super().run_on_one_device(modules, input, recompute=True)
+            return super()._fusemlp_run_on_one_device(modules, input, recompute=True)
         for block in _hidden_blocks(modules):
             if len(block) == 1 and isinstance(block[0], nn.Linear):
-                input = self.run(block, input)
+                input = self._fusemlp_run(block, input)
             else:
                 # torch.compile does not support context_fn, and its recomputation does not change modules.
                 compiling = torch.compiler.is_compiling()
                 contexts: dict[str, Any] = {} if compiling else {"context_fn": partial(_recompute_contexts, block)}
-                input = checkpoint(self.run, block, input, use_reentrant=False, **contexts)
+                input = checkpoint(self._fusemlp_run, block, input, use_reentrant=False, **contexts)
         return input
 
 

@@ -48,29 +48,26 @@ class Sequential(nn.Sequential):
     device of the next linear layer.
     """
 
-    @leaf
     def forward(self, input: Any) -> Any:
-        if isinstance(input, Proxy):  # the root of a trace is not a node, but its children are
+        if isinstance(input, Proxy):  # torch.fx sees the children, as it does those of torch.nn.Sequential
             return nn.Sequential.forward(self, input)
-        return self.run_all(input)
-
-    def run_all(self, input: Any) -> Any:
-        """Run all modules. Where the next linear layer lies on another device, the activations move there."""
         first, *others = by_device(list(self))
-        output = self.run_on_one_device(first, input)
+        output = self._fusemlp_run_on_one_device(first, input)
         for modules in others:
-            output = self.run_on_one_device(modules, output.to(_device_of_linear(modules[0])))
+            output = self._fusemlp_run_on_one_device(modules, output.to(_device_of_linear(modules[0])))
         return output
 
-    def run_on_one_device(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
+    # `fuse` gives modules of others this class, whose attributes and children may have any name but such a one.
+
+    def _fusemlp_run_on_one_device(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
         """Run modules whose parameters lie on the device of the input. Subclasses may override this method."""
         dropping = sum(isinstance(m, Dropout) and m.training and 0 < m.p < 1 for m in _without_residuals(modules))
         if dropping and by_kernels(input, product=False):
             with drawn_at_once(dropping, input.device):
-                return self.run(modules, input, recompute)
-        return self.run(modules, input, recompute)
+                return self._fusemlp_run(modules, input, recompute)
+        return self._fusemlp_run(modules, input, recompute)
 
-    def run(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
+    def _fusemlp_run(self, modules: Sequence[nn.Module], input: Any, recompute: bool = False) -> Any:
         """Run modules one after the other. See `run_fused` for the arguments. Subclasses may override this method."""
         return run_fused(modules, input, recompute)
 
@@ -113,7 +110,11 @@ def _device_of_linear(module: nn.Module) -> torch.device | None:
     """The device of a linear layer, or of the first one in a residual; None for other modules."""
     if isinstance(module, Residual) and len(module):
         module = module[0]
-    return module.weight.device if isinstance(module, nn.Linear) else None
+    if not isinstance(module, nn.Linear):
+        return None
+    # Not `module.weight`: where that is a property of the user's, such as a parametrization, reading it computes it.
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.device
 
 
 def by_device(modules: Sequence[nn.Module]) -> list[Sequence[Any]]:
@@ -151,7 +152,10 @@ def run_fused(modules: Sequence[nn.Module], input: Any, recompute: bool = False)
     one_node_per_layer = torch.distributed.is_available() and torch.distributed.is_initialized()
     position = 0
     while position < len(modules):
-        layer, count = layer_at(modules, position, input.dim() if isinstance(input, Tensor) else 0)
+        if isinstance(input, Tensor):
+            layer, count = layer_at(modules, position, input.dim())
+        else:  # such as an object with __torch_function__, which sees the calls of torch's functions
+            layer, count = None, 1
         position += count
         if layer is not None:
             layers.append(layer)
@@ -254,8 +258,10 @@ def is_plain(module: nn.Module, forwards: Mapping[type, Any] = FORWARDS) -> bool
     Returns:
         False for other classes, overridden forwards, compiled modules, and modules with hooks.
     """
+    kind = type(module)
     return not (
-        type(module).forward is not forwards.get(type(module))
+        kind not in forwards  # asked first, because classes of torch.jit have no forward to look at
+        or kind.forward is not forwards[kind]
         or "forward" in vars(module)
         or module._compiled_call_impl
         or module._forward_hooks

@@ -112,7 +112,7 @@ def _follow(output: Tensor, tail: Layer) -> Tensor:
 class ParallelSequential(Sequential):
     """A `Sequential` with parallel layers."""
 
-    def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+    def _fusemlp_run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         return run_sharded(modules, input, recompute)
 
 
@@ -145,7 +145,7 @@ class ParallelMLP(MLP):
         init = partial(init_linear, init=self.init, activation=self.activation, bias=self.bias_init)
         layer.draw(init) if isinstance(layer, ParallelLinear) else init(layer)
 
-    def run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
+    def _fusemlp_run(self, modules: Sequence[nn.Module], input: Tensor, recompute: bool = False) -> Tensor:
         return run_sharded(modules, input, recompute)
 
 

@@ -171,8 +171,8 @@ class OwnForward(nn.Sequential):
 
 
 class OwnRun(Sequential):
-    def run(self, modules, input, recompute=False):
-        return super().run(modules[:1], input, recompute)
+    def _fusemlp_run(self, modules, input, recompute=False):
+        return super()._fusemlp_run(modules[:1], input, recompute)
 
 
 class InOrder(nn.Sequential):
