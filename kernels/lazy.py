@@ -13,7 +13,7 @@ def files_of(package: str) -> Callable[[str], ModuleType]:
     """
 
     def find(name: str) -> ModuleType:
-        spec = None if name.startswith("_") else find_spec(f"{package}.{name}")
+        spec = None if name.startswith("_") or "." in name else find_spec(f"{package}.{name}")
         if spec is None or spec.origin is None:  # a folder without code has no origin
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return import_module(f"{package}.{name}")

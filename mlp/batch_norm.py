@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import launch
 from . import reference
 from .autograd import Function
-from .check import check_norm, check_probability
+from .check import as_number, check_norm, check_probability
 from .dropout import dropout_by_torch, no_columns
 from .layer import Columns, Norm
 from .reference import Activation
@@ -54,8 +54,21 @@ def batch_norm(
             training.
         TypeError: a wrong type or dtype.
     """
-    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    norm = _norm(running_mean, running_var, weight, bias, training, momentum, eps)
     return norm_act_dropout(input, norm, None, 0.0)
+
+
+def _norm(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Norm:
+    momentum = None if momentum is None else as_number("momentum", momentum)
+    return Norm(running_mean, running_var, weight, bias, training, momentum, as_number("eps", eps))
 
 
 @overridable
@@ -87,8 +100,8 @@ def batch_norm_act_dropout(
         ValueError, TypeError: as `batch_norm`, `linear` and `dropout` do.
     """
     check_probability("p", p)
-    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
-    return norm_act_dropout(input, norm, activation, p if training else 0.0)
+    norm = _norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    return norm_act_dropout(input, norm, activation, float(p) if training else 0.0)
 
 
 def norm_act_dropout(

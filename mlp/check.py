@@ -57,6 +57,15 @@ def check_integer(name: str, value: Any) -> None:
         raise ArgumentTypeError(f"{name}: {value!r}; must be an int")
 
 
+def as_number(name: str, value: Any) -> float:
+    """The value as Python's float, which kernels take. Raise TypeError for anything but a number."""
+    if isinstance(value, float):
+        return float(value)  # of NumPy's, too
+    if not isinstance(value, SupportsFloat):
+        raise ArgumentTypeError(f"{name}: {value!r}; must be a number")
+    return float(value)
+
+
 def check_probability(name: str, p: float) -> None:
     """Raise TypeError for anything but a number, and ValueError for a number outside [0, 1]."""
     if not isinstance(p, SupportsFloat):
@@ -203,6 +212,7 @@ def check_norm_parameters(norm: Norm, channels: int, values: int, like: Tensor) 
         raise ArgumentTypeError("momentum: None; must be a number if batches are not counted")
     for name in ("weight", "bias", "running_mean", "running_var"):
         _check_affine(name, getattr(norm, name), "(C,)", (channels,), like, _dtypes_beside(like.dtype))
+    _check_one_dtype(norm, ("weight", "bias", "running_mean", "running_var"))
 
 
 def _dtypes_beside(dtype: torch.dtype) -> Sequence[torch.dtype]:
@@ -229,6 +239,15 @@ def _check_affine(
     check_device(name, given, like)
 
 
+def _check_one_dtype(norm: Norm | RowNorm, names: Sequence[str]) -> None:
+    """Raise TypeError if parameters and running averages differ in dtype, which PyTorch does not compute."""
+    given = [(name, t) for name in names if (t := getattr(norm, name)) is not None]
+    for name, t in given[1:]:
+        if t.dtype != given[0][1].dtype:
+            first, like = given[0]
+            raise ArgumentTypeError(f"{name}: dtype {t.dtype}; must be that of the {first}, {like.dtype}")
+
+
 def check_row_norm_parameters(norm: RowNorm, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise an error unless the parameters of the norm have this shape; dtypes and devices as `check_norm_parameters`.
 
@@ -241,6 +260,7 @@ def check_row_norm_parameters(norm: RowNorm, shape: tuple[int, ...], like: Tenso
     dtypes = _dtypes_beside(like.dtype) if norm.centre else None
     _check_affine("weight", norm.weight, "normalized_shape", shape, like, dtypes)
     _check_affine("bias", norm.bias, "normalized_shape", shape, like, dtypes)
+    _check_one_dtype(norm, ("weight", "bias"))
 
 
 def check_normalized_shape(input: Tensor, shape: tuple[int, ...], norm: RowNorm) -> None:

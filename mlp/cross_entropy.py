@@ -64,11 +64,13 @@ def cross_entropy(
             environment variable FUSEMLP_DEBUG=1 enables the check.
     """
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        if not torch.compiler.is_compiling():
+            _reduction.legacy_get_string(size_average, reduce)  # warns
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
     options = LossOptions(ignore_index, reduction, label_smoothing)
     check_loss(input, target, weight, options)
-    served = launch.explain(input, target, weight, product=False)
-    if served.backend == "torch" or target.requires_grad or not one_dtype(input, target, weight):
+    served = launch.explain(input, target, weight, product=False).backend == "triton"
+    if not served or not differentiates_input_alone(target, weight) or not one_dtype(input, target, weight):
         return torch_functional.cross_entropy(input, target, weight, **options.keywords())
     classes = input.shape[0 if input.dim() == 1 else 1]
     if os.environ.get("FUSEMLP_DEBUG") == "1" and not target.is_floating_point():
@@ -85,6 +87,11 @@ def cross_entropy(
         ),
     )
     return loss.view((*(samples if input.dim() > 1 else ()), *places)) if reduction == "none" else loss
+
+
+def differentiates_input_alone(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether no gradient of probabilities or class weights is wanted, which PyTorch computes."""
+    return not (target.requires_grad or (weight is not None and weight.requires_grad))
 
 
 def one_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:

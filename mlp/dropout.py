@@ -46,7 +46,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return torch_functional.dropout(input, p, training, True)
     if not training or p == 0:
         return input
-    return drop(input, p)
+    return drop(input, float(p))
 
 
 def drop(input: Tensor, p: float, columns: Columns | None = None) -> Tensor:

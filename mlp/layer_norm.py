@@ -14,7 +14,7 @@ from ..kernels.config import MAX_ROW
 from . import reference
 from .autocast import autocasts, loss_dtype
 from .autograd import Function
-from .check import check_is_tensor, check_normalized_shape, kernels_take
+from .check import as_number, check_is_tensor, check_normalized_shape, kernels_take
 from .dropout import dropout_by_torch
 from .errors import ArgumentTypeError
 from .layer import RowNorm
@@ -52,7 +52,7 @@ def layer_norm(
         TypeError: a wrong type or dtype.
     """
     check_is_tensor("input", input)
-    return _normalize_last(input, normalized_shape, RowNorm(weight, bias, eps))
+    return _normalize_last(input, normalized_shape, RowNorm(weight, bias, as_number("eps", eps)))
 
 
 @overridable
@@ -81,7 +81,7 @@ def rms_norm(
 def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
     """eps, or PyTorch's default for RMS normalisation of an input of the dtype."""
     if eps is not None:
-        return eps
+        return as_number("eps", eps)
     return torch.finfo(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32).eps
 
 

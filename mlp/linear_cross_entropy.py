@@ -14,7 +14,7 @@ from . import torch_functional
 from .autocast import autocast, autocasts
 from .autograd import Function
 from .check import check_indices, check_is_tensor, check_layers, check_loss
-from .cross_entropy import cross_entropy, cross_entropy_by_torch, one_dtype, per_row
+from .cross_entropy import cross_entropy, cross_entropy_by_torch, differentiates_input_alone, one_dtype, per_row
 from .errors import ArgumentValueError
 from .layer import Layer
 from .linear import linear
@@ -47,7 +47,8 @@ def linear_cross_entropy(
     reduction, in float16, and if backward is called a second time, backward computes the logits again.
 
     The logits are computed as a whole if the input has more than two dimensions, linear_weight is
-    (C, d1, ..., in_features), or target is probabilities that require gradients or have another dtype than the logits.
+    (C, d1, ..., in_features), or weight requires gradients, or target is probabilities that require gradients or have
+    another dtype than the logits.
 
     Args:
         input: (N, in_features) or (in_features,), of a floating dtype.
@@ -88,7 +89,7 @@ def linear_cross_entropy(
     rows, samples = (x, target) if x.dim() == 2 else (x[None], target[None])
     logits = torch.empty((), dtype=x.dtype, device=x.device).expand(len(rows), len(w))
     check_loss(logits, samples, weight, how)
-    chunkable = not target.requires_grad and one_dtype(logits, samples, weight)
+    chunkable = differentiates_input_alone(target, weight) and one_dtype(logits, samples, weight)
     served = chunkable and launch.explain(x, w, b, target, weight).backend == "triton"
     if options is not None and chunkable and not served and _torch_has_chunks_for(x):
         if x.device.type == "cpu" and not target.is_floating_point():

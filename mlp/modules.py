@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import functional as F
 from .batch_norm import norm_act_dropout
+from .check import as_number
 from .layer import Norm, RowNorm
 from .layer_norm import rms_eps
 from .tracing import leaf
@@ -114,7 +115,7 @@ class RMSNorm(torch.nn.RMSNorm):
 def row_norm_of(module: torch.nn.LayerNorm | torch.nn.RMSNorm, dtype: torch.dtype) -> RowNorm:
     """The normalisation that the module applies to an input of the dtype."""
     if isinstance(module, torch.nn.LayerNorm):
-        return RowNorm(module.weight, module.bias, module.eps)
+        return RowNorm(module.weight, module.bias, as_number("eps", module.eps))
     return RowNorm(module.weight, None, rms_eps(module.eps, dtype), centre=False)
 
 
@@ -128,8 +129,8 @@ def norm_of(module: torch.nn.BatchNorm1d) -> Norm:
         weight=module.weight,
         bias=module.bias,
         batch_stats=module.training or (module.running_mean is None and module.running_var is None),
-        momentum=module.momentum,
-        eps=module.eps,
+        momentum=None if module.momentum is None else as_number("momentum", module.momentum),
+        eps=as_number("eps", module.eps),
         batches=module.num_batches_tracked if tracks else None,
     )
 

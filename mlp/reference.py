@@ -62,7 +62,7 @@ def normalize_rows(input: Tensor, norm: RowNorm) -> Tensor:
     dtype = input.dtype
     if dtype in (torch.float16, torch.bfloat16) and norm.weight is not None and norm.weight.dtype == torch.float32:
         # With such a weight, layer_norm raises an error on a GPU, and rms_norm warns.
-        input = input.float()
+        input = input.float() if input.is_cuda or not norm.centre else input
     if norm.centre:
         return F.layer_norm(input, shape, norm.weight, norm.bias, norm.eps).to(dtype)
     return F.rms_norm(input, shape, norm.weight, norm.eps).to(dtype)

@@ -199,7 +199,7 @@ def layer_at(modules: Sequence[nn.Module], position: int, dims: int) -> tuple[La
         end += 1
         following = _plain_at(modules, end)
     if isinstance(following, Dropout) and following.p < 1:
-        p, end = following.p if following.training else 0.0, end + 1
+        p, end = float(following.p) if following.training else 0.0, end + 1
     return Layer(linear.weight, linear.bias, activation, norm, p), end - position
 
 

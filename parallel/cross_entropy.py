@@ -8,6 +8,7 @@ needs.
 # (kernels are called only where launch.explain has found Triton)
 
 import math
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from ..kernels import launch
 from ..mlp.autocast import autocasts
 from ..mlp.autograd import Function
-from ..mlp.check import check_indices, check_is_tensor, check_loss
-from ..mlp.cross_entropy import per_row
+from ..mlp.check import check_indices, check_integer, check_is_tensor, check_loss
+from ..mlp.cross_entropy import differentiates_input_alone, per_row
 from ..mlp.errors import ArgumentTypeError, ArgumentValueError
 from ..mlp.loss_options import LossOptions
 from ..mlp.second_order import differentiable_grads, needs_torch
@@ -82,8 +83,8 @@ def vocab_parallel_cross_entropy(
         The loss, the same on every rank: (N, d1, ...) for reduction "none", else (). See `functional.cross_entropy`.
 
     Raises:
-        ValueError: If the mesh has several dimensions, or a DTensor is cut otherwise; on every rank, if a rank does not
-            hold its part of the classes; also as `functional.cross_entropy` does.
+        ValueError: If the mesh has several dimensions, or a DTensor is cut otherwise; if a rank does not hold its part
+            of the classes, in the first call on every rank; also as `functional.cross_entropy` does.
         TypeError, IndexError: As `functional.cross_entropy` does.
     """
     ranks = Ranks.of(mesh)
@@ -98,6 +99,9 @@ def vocab_parallel_cross_entropy(
     if weight is not None:
         check_is_tensor("weight", weight)
         classes = len(weight) if classes is None and weight.dim() == 1 else classes
+    if classes is not None:
+        check_integer("classes", classes)
+        classes = index(classes)
     N, C, *places = logits_shard.shape
     if not torch.compiler.is_compiling():  # which cannot wait for other ranks
         check_parts(ranks, logits_shard.device.type, "logits_shard", C, classes)
@@ -118,7 +122,8 @@ def vocab_parallel_cross_entropy(
     target = target.reshape(N, C, S) if probabilities else target.reshape(N, S).long().contiguous()
     weight = None if weight is None else weight.contiguous()
     shard = Shard(ranks, part.start, total)
-    served = launch.explain(logits, target, weight, product=False).backend == "triton" and not target.requires_grad
+    served = launch.explain(logits, target, weight, product=False).backend == "triton"
+    served = served and differentiates_input_alone(target, weight)
     # The launchers of the kernels are no operators that the compiler can trace.
     if not served or torch.compiler.is_compiling():
         if not probabilities and logits.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -57,7 +57,8 @@ def check_parts(ranks: Ranks, device_type: str, name: str, part: int, whole: int
     """Check that each rank holds its part of a dimension, as `Ranks.part` cuts it.
 
     When a group has these sizes for the first time, the ranks exchange them in an all-gather and wait for it. Later
-    calls do nothing, so that the check may stand in every step.
+    calls do nothing, so that the check may stand in every step. If a rank's part is wrong in a later call, that rank
+    alone raises the error: the others may not wait.
 
     Args:
         ranks: The ranks. All of them must call this function.
@@ -67,11 +68,16 @@ def check_parts(ranks: Ranks, device_type: str, name: str, part: int, whole: int
         whole: Size of the whole dimension. None if it is not known; then all parts must be equal.
 
     Raises:
-        ValueError: On every rank, if a rank has another part, or another whole than the first rank.
+        ValueError: If a rank has another part, or another whole than the first rank; in the first call on every rank.
     """
     compared = _compared.setdefault(ranks.group, set())
     if (part, whole) in compared:
         return
+    own = None if whole is None else ranks.part(whole)
+    if compared and own is not None and part != own.stop - own.start:
+        raise ArgumentValueError(
+            f"{name}: {part} classes on rank {ranks.rank}; of {whole} classes it has {own.stop - own.start}"
+        )
     mine = torch.tensor([part, -1 if whole is None else whole], device=device_type)
     all_of_them = [torch.empty_like(mine) for _ in range(ranks.size)]
     dist.all_gather(all_of_them, mine, group=ranks.group)

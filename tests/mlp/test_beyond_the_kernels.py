@@ -3,6 +3,7 @@
 import itertools
 
 import fusemlp
+import numpy
 import pytest
 import torch
 from fusemlp.mlp import functional as F
@@ -60,6 +61,68 @@ def test_dtypes_of_norms(function, dtype, params, backend):
     assert_same(function, x, w, b)
     if not isinstance(grads := attempt(lambda *t: with_gradients(function)(F, *t), x, w, b), Exception):
         assert [t.dtype for t in grads] == [dtype, dtype, params, params]
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(torch.float32, torch.half), (torch.half, torch.float32)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_parameters_of_a_norm_have_one_dtype(training, weight, bias, backend):
+    x, w, b = torch.randn(3, 4).half(), torch.ones(4, dtype=weight), torch.zeros(4, dtype=bias)
+    averages = torch.zeros(4, dtype=weight), torch.ones(4, dtype=weight)
+    for norm in (
+        lambda f: f.layer_norm(x, (4,), w, b),
+        lambda f: f.batch_norm(x, *averages, w, b, training),
+        lambda f: f.batch_norm(x, *(t.to(bias) for t in averages), w, None, training),
+    ):
+        for package in (F, torch.nn.functional):
+            with pytest.raises(RuntimeError):
+                norm(package)
+
+
+NUMBERS = [numpy.float32(0.25), numpy.float64(0.25), torch.tensor(0.25), 1]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+def test_numbers_of_other_libraries(number, backend):
+    x, one = torch.randn(5, 4), float(number)
+    torch.testing.assert_close(F.layer_norm(x, (4,), eps=number), F.layer_norm(x, (4,), eps=one))
+    torch.testing.assert_close(F.rms_norm(x, (4,), eps=number), F.rms_norm(x, (4,), eps=one))
+    means = [torch.zeros(4), torch.zeros(4)]
+    for mean, momentum in zip(means, (number, one), strict=True):
+        F.batch_norm(x, mean, torch.ones(4), training=True, momentum=momentum)
+    assert torch.equal(*means)
+    net = fusemlp.Sequential(fusemlp.Linear(4, 4), fusemlp.BatchNorm1d(4, momentum=number), fusemlp.Dropout(number))
+    assert net(x).shape == F.dropout(x, number).shape
+
+
+@pytest.mark.parametrize("bad", ["a", None], ids=["text", "None"])
+def test_what_is_no_number_is_refused(bad, backend):
+    x = torch.randn(5, 4)
+    for call in (
+        lambda: F.layer_norm(x, (4,), eps=bad),
+        lambda: F.batch_norm(x, None, None, training=True, eps=bad),
+        lambda: F.dropout(x, bad),
+    ):
+        with pytest.raises(TypeError, match=r"(eps|p): .*must be a number"):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"options": True}], ids=["whole", "options"])
+def test_class_weights_get_gradients(options, backend):
+    x, w, target = torch.randn(5, 3), torch.randn(4, 3), torch.randn(5, 4).softmax(1)
+    if options and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("PyTorch has the options since version 2.13")
+    options = {"options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)} if options else {}
+    found = []
+    for function in (
+        lambda weight: F.linear_cross_entropy(x, w, target, weight=weight, **options),
+        lambda weight: F.cross_entropy(x @ w.T, target, weight),
+        lambda weight: torch.nn.functional.cross_entropy(x @ w.T, target, weight),
+    ):
+        weight = torch.tensor([0.5, 1.0, 2.0, 0.25], requires_grad=True)
+        function(weight).backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

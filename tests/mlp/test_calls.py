@@ -198,6 +198,19 @@ def number(self, x):
     return self.fc2(self.fc1(x)) * self.scale
 
 
+def static(module, x):
+    return module.fc2(module.fc1(x))
+
+
+def compared_in_c(self, x):
+    y = self.fc1(x)
+    return (self.fc1, self.fc2)[(x, y).index(y)](y)
+
+
+def relu_with_argument(self, x):
+    return self.fc2(torch.relu(self.fc1(x), inplace=True))
+
+
 def steep(self, x):
     return self.fc2(functional.leaky_relu(self.fc1(x), 0.3))
 
@@ -292,6 +305,9 @@ LEFT = {
     "inner function": (inner, Pair, "is decorated|defines functions"),
     "parent": (parent, Pair, MORE + "super"),
     "number": (number, Pair, "reads the attribute scale"),
+    "static": (staticmethod(static), Pair, "not a plain function"),
+    "compared in C": (compared_in_c, Pair, MORE + "eq"),
+    "relu with an argument": (relu_with_argument, Pair, MORE + "ReLU with arguments"),
     "unknown slope": (steep, Pair, MORE + "LeakyReLU"),
     "residual": (residual, Pair, MORE + "add"),
     "function": (dropped, Pair, MORE + "torch.nn.functional.dropout"),
@@ -348,6 +364,29 @@ def test_forward_runs_again_after_a_change(change):
     assert names_of(fused) is None
     x = torch.randn(3, IN)
     assert outcome(fused, x) == outcome(module, x)
+
+
+def test_forward_runs_again_after_its_class_or_a_global_has_changed(monkeypatch):
+    fused = fuse(a_case(functions))
+    assert names_of(fused) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "relu", torch.square)
+        assert names_of(fused) is None
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "gelu", torch.square)
+        assert names_of(fused) is None
+    assert names_of(fused) is not None
+    block_of(fused).base.forward = children
+    assert names_of(fused) is None
+    x = torch.randn(3, IN)
+    assert torch.equal(fused(x), children(fused, x))
+
+
+def test_a_keyword_has_the_name_that_forward_gives_it():
+    fused, x = fuse(Mlp(4, 4)), torch.randn(3, 4)
+    assert torch.equal(fused(hidden_states=x), fused(x))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        fused(foo=x)
 
 
 def outcome(module, x):

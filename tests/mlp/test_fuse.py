@@ -5,6 +5,7 @@ import copy
 import functools
 import pickle
 import re
+from collections import OrderedDict
 from typing import ClassVar
 
 import fusemlp
@@ -392,6 +393,111 @@ def test_what_wraps_a_model_stays_whole(wrap, x):
     fuse_report(net)
     assert torch.equal(fuse(net)(x), expected)
     assert torch.equal(net(x), expected)
+
+
+def test_names_of_a_sequential_are_the_users(x):
+    net = nn.Sequential(OrderedDict(run=nn.Linear(4, 4), run_all=nn.ReLU(), run_on_one_device=nn.Linear(4, 4)))
+    net.forward_count, x = "a run", torch.randn(3, 4)
+    fused = fuse(net)
+    assert [type(getattr(fused, name)).__name__ for name in net._modules] == ["Linear", "ReLU", "Linear"]
+    assert torch.equal(fused(x), net(x))
+
+
+class Queue(nn.Module):
+    """Is false while it is empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def __len__(self):
+        return 0
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x))
+
+
+class Alike(Queue):
+    """Equals any other."""
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __hash__(self):
+        return 1
+
+
+@pytest.mark.parametrize("kind", [Queue, Alike])
+def test_modules_are_told_apart_by_identity(kind):
+    net, x = nn.ModuleList([kind(), kind()]), torch.randn(3, 4)
+    fuse_report(net)
+    assert type(net[0]) is kind
+    back = unfuse(fuse(net))
+    assert all(torch.equal(each(x), other(x)) for each, other in zip(back, net, strict=True))
+
+
+class WithoutWeight(nn.Linear):
+    """Keeps its weight elsewhere."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.packed = self.weight.detach().clone()
+        del self.weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed)
+
+
+class Counted(nn.Module):
+    def forward(self, weight):
+        self.calls = getattr(self, "calls", 0) + 1
+        return weight * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_weights_that_are_computed_are_read_by_their_layer_alone(backend):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), WithoutWeight(4), torch.jit.script(nn.ReLU()), nn.Linear(4, 4))
+    counted = Counted()
+    torch.nn.utils.parametrize.register_parametrization(net[0], "weight", counted)
+    fused, x = fuse(net, inplace=True), torch.randn(3, 4)
+    before = counted.calls
+    fuse_report(fused)
+    fused(x)
+    assert counted.calls == before + 1
+
+
+def test_objects_that_stand_for_tensors_pass():
+    class Named:
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return Named()
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert isinstance(fuse(net)(Named()), Named)
+    assert isinstance(fuse(Mlp(4, 4))(Named()), Named)
+
+
+def test_torch_fx_sees_the_same_children(hand):
+    def nodes(net):
+        return [(node.op, str(node.target)) for node in torch.fx.symbolic_trace(net).graph.nodes]
+
+    assert nodes(fuse(hand)) == nodes(hand)
+
+
+def test_an_unpickled_module_has_the_forward_of_its_class(x):
+    fused = fuse(Tower(4))
+    twin, x = pickle.loads(pickle.dumps(fused)), torch.randn(3, 4)
+    assert type(twin) is type(fused)
+    saved = pickle.dumps(fuse(Changing(4, 4)))
+    before, Changing.forward = Changing.forward, lambda self, x: self.fc2(self.fc1(x)) * 0
+    try:
+        assert pickle.loads(saved)(x).eq(0).all()
+    finally:
+        Changing.forward = before
+
+
+class Changing(Mlp):
+    """A class whose code changes."""
 
 
 def test_a_copy_that_cannot_be_made_is_refused(hand):

@@ -104,3 +104,14 @@ def test_torchs_functions_come_back():
     with pytest.raises(LookupError):
         inside()
     assert [getattr(nn.functional, name) for name in PRESENT] == before
+
+
+def test_blocks_that_overlap():
+    before = {name: getattr(nn.functional, name) for name in PRESENT}
+    first, second = fusemlp.patch_torch(), fusemlp.patch_torch()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert all(getattr(nn.functional, name) is getattr(F, name) for name in PRESENT)
+    second.__exit__(None, None, None)
+    assert {name: getattr(nn.functional, name) for name in PRESENT} == before
