@@ -35,7 +35,7 @@ from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
-from .tile import acc_dtype, in_octets, triton_acc_dtype
+from .tile import TRITON_DTYPES, acc_dtype, in_octets, triton_acc_dtype
 
 
 class Results(NamedTuple):
@@ -109,12 +109,12 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
 def _ranges_kernel(
     logits_ptr, target_ptr, rules, partial_ptr, results,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s, splits, classes_per_split,
-    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr, SUM_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """m, total, b and a of one range of a block of rows, in partial (4, splits, M); without it, finished rows.
 
-    OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`).
+    SUM_DTYPE: see `_sum_dtype`. OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`).
     """
     C, stride_n = in_octets(C, OCTETS), in_octets(stride_n, OCTETS)
     target_stride_n = in_octets(target_stride_n, OCTETS and PROBABILITIES)
@@ -129,8 +129,6 @@ def _ranges_kernel(
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target, target_rows = index[:, None], rows
     one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
-    # Probabilities may be any numbers, and terms of both signs cancel. So b and a are summed in float64.
-    SUM_DTYPE: tl.constexpr = tl.float64 if PROBABILITIES else ACC_DTYPE
     m, total, b, a = _no_classes(ACC_DTYPE, SUM_DTYPE, BLOCK_M)
     begin = split * classes_per_split
     end = tl.minimum(begin + classes_per_split, C)
@@ -223,6 +221,14 @@ MERGE_ROWS = 128
 REDUCE = {"BLOCK": 8192, "num_warps": 32}
 
 
+def _sum_dtype(logits: Tensor, target: Tensor) -> torch.dtype:
+    """The dtype in which a range's b and a are summed.
+
+    Probabilities may be any numbers, and terms of both signs cancel.
+    """
+    return torch.float64 if target.is_floating_point() else acc_dtype(logits.dtype)
+
+
 def _launch_ranges(
     logits: Tensor, target: Tensor, rules: Rules, per_split: int, partial: Tensor | None, results: Results
 ) -> None:
@@ -230,12 +236,13 @@ def _launch_ranges(
     N, C, S = logits.shape
     block_m, block_c = class_block(C)
     splits = cdiv(C, per_split)
+    sum_dtype = _sum_dtype(logits, target)
     launch.launch(
         _ranges_kernel, cdiv(N * S, block_m) * splits, logits.device,
-        logits, target, rules, partial, results,
+        logits, target, rules.for_kernel(sum_dtype), partial, results,
         N * S, C, S, *logits.stride(), *class_strides(target), splits, per_split,
         PROBABILITIES=target.is_floating_point(), OCTETS=rows_in_octets(logits, target),
-        ACC_DTYPE=triton_acc_dtype(logits.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
+        ACC_DTYPE=triton_acc_dtype(logits.dtype), SUM_DTYPE=TRITON_DTYPES[sum_dtype], BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     cost.report("cross_entropy_fwd", 0, (logits, target, rules.weight, partial, *results))
 

@@ -91,6 +91,12 @@ def test_an_empty_batch_gives_what_torch_gives(reduction, backend, device):
     torch.testing.assert_close(ours, torch_F.cross_entropy(logits, target, reduction=reduction), equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_smoothing_in_float64_keeps_its_digits(kind, kernels, device):
+    logits, target = made((6, 5), kind, torch.float64, device)
+    assert_three_way(1000 * logits, target, label_smoothing=0.1)
+
+
 EXTREMES = {
     "large": lambda logits: 1e4 * logits.sign(),
     "all alike": lambda logits: torch.full_like(logits, 1e4),
