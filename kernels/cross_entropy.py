@@ -147,11 +147,10 @@ def _ranges_kernel(
         else:
             # 3. Compute q and sum.
             target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
-            q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
+            q = class_weights(target, target_offs, cols, mask, rules, SUM_DTYPE, PROBABILITIES)
             # Skip logits without weight: 0 times -inf would be nan.
             counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
             if PROBABILITIES:
-                q = q.to(SUM_DTYPE)
                 relative = logits.to(SUM_DTYPE) - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
             tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
             # 4. Merge the tile with the classes before it.

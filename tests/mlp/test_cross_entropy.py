@@ -118,13 +118,14 @@ def test_a_mean_of_no_weight_gives_what_torch_gives(smoothing, backend, device):
         torch.testing.assert_close(mine, its, equal_nan=True)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("scale", [5, 30])
-def test_targets_that_are_no_probabilities(scale, kernels, device):
+def test_targets_that_are_no_probabilities(scale, smoothing, kernels, device):
     """Terms of both signs cancel, and what is left may be small beside their rounding errors."""
     for seed in range(20, 30):
         torch.manual_seed(seed)
         logits, target = scale * torch.randn(6, 13, device=device), torch.randn(6, 13, device=device)
-        assert_three_way(logits, target, reduction="sum")
+        assert_three_way(logits, target, reduction="sum", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
