@@ -74,7 +74,10 @@ def _merge_totals(m, total, other_m, other_total):
 def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
     """m, total, b and a of the union of two ranges of classes; see the module docstring."""
     m, total, shift, other_shift = _merge_totals(m, total, other_m, other_total)
-    return m, total, b + a * shift + other_b + other_a * other_shift, a + other_a
+    # Of an infinite weight, a is infinite, and 0 times infinity would be nan.
+    moved = tl.where(shift == 0, 0.0, a * shift)
+    other_moved = tl.where(other_shift == 0, 0.0, other_a * other_shift)
+    return m, total, b + moved + other_b + other_moved, a + other_a
 
 
 @triton.jit
@@ -152,7 +155,9 @@ def _ranges_kernel(
             counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
             if PROBABILITIES:
                 relative = logits.to(SUM_DTYPE) - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
-            tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
+            # Skip the largest logit, too: its weight may be infinite.
+            factor = q if rules.weight is None else tl.where(relative == 0, 0.0, q)
+            tile_b = tl.sum(factor * tl.where(counts, relative, 0.0), axis=1)
             # 4. Merge the tile with the classes before it.
             m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
     if one_hot:

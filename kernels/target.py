@@ -70,7 +70,12 @@ def class_weights(target, target_offs, cols, mask, rules, dtype: tl.constexpr, P
         q = q * (1 - smoothing) + smoothing / rules.classes
     if rules.weight is not None:
         w = tl.load(rules.weight + classes, mask=classes < rules.classes, other=0.0)
-        q = q * w.to(dtype)[None, :]
+        w = w.to(dtype)[None, :]
+        if PROBABILITIES or rules.smoothing is not None:
+            q = q * w
+        else:
+            # Select: 0 times the infinite weight of another class would be nan.
+            q = tl.where(q != 0, w, 0.0)
     return tl.where(mask, q, 0.0)
 
 

@@ -118,6 +118,20 @@ def test_a_mean_of_no_weight_gives_what_torch_gives(smoothing, backend, device):
         torch.testing.assert_close(mine, its, equal_nan=True)
 
 
+WEIGHTS = {"of no target": (3, 0.0), "of a target": (1, 0.0), "smoothed": (3, 0.2)}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize(("where", "smoothing"), WEIGHTS.values(), ids=WEIGHTS)
+def test_an_infinite_or_nan_weight_counts_where_it_does_in_torch(where, smoothing, value, reduction, kernels, device):
+    logits, target = torch.randn(6, 5, device=device), torch.tensor([0, 1, 2, 0, 1, 4], device=device)
+    weight = torch.ones(5, device=device)
+    weight[where] = value
+    assert_three_way(logits, target, weight, label_smoothing=smoothing, reduction=reduction)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("scale", [5, 30])
 def test_targets_that_are_no_probabilities(scale, smoothing, kernels, device):
