@@ -44,7 +44,8 @@ class Results(NamedTuple):
     Attributes:
         stats: (3, M), what backward needs of a row: m, log total and a.
         loss: (M,), or None.
-        sums: (2, blocks of rows), float64, the sum of losses and the sum of weights of each block; or None.
+        sums: (2, blocks of rows), float64, the sum of losses and the sum of weights of each block; with smoothing
+            (3, blocks of rows), also the sum of the weights' magnitudes; or None.
     """
 
     stats: Tensor | None = None
@@ -106,6 +107,9 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
     if results.sums is not None:
         tl.store(results.sums + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
         tl.store(results.sums + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
+        if rules.smoothing is not None:
+            magnitude = tl.sum(tl.abs(weight).to(tl.float64), axis=0)
+            tl.store(results.sums + 2 * tl.num_programs(0) + tl.program_id(0), magnitude)
 
 
 @triton.jit
@@ -202,20 +206,27 @@ def _merge_ranges_kernel(
 def _reduce_kernel(
     sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Add up sums (2, programs) in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
+    """Add up `Results.sums` in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
     loss = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
+    magnitude = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, programs, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         loss += tl.load(sums_ptr + offs, mask=offs < programs, other=0.0)
         weight += tl.load(sums_ptr + programs + offs, mask=offs < programs, other=0.0)
+        if SMOOTHED:
+            magnitude += tl.load(sums_ptr + 2 * programs + offs, mask=offs < programs, other=0.0)
     total = tl.sum(loss, axis=0)
     total_weight = tl.sum(weight, axis=0)
+    divisor = total_weight
     if SMOOTHED:
-        # The other classes count even if the total weight is 0. The mean is then nan in PyTorch, and not infinite.
+        # PyTorch adds the means of two losses: that of the targets' classes and that of all classes. If all weights are
+        # 0, the first is 0/0. If weights cancel, the mean is infinite (nan in PyTorch, if the two losses have opposite
+        # signs), and the gradient is nan.
+        divisor = tl.where(tl.sum(magnitude, axis=0) == 0, float("nan"), total_weight)
         total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
     if MEAN:
-        total = total / total_weight
+        total = total / divisor
     store_rounded(loss_ptr, total, 0, None)
     tl.store(weight_ptr, total_weight)
 
@@ -269,8 +280,10 @@ def cross_entropy_ranges(logits: Tensor, target: Tensor, rules: Rules) -> Tensor
     return partial
 
 
-def _sums(stats: Tensor, loss: Tensor | None, programs: int) -> Tensor | None:
-    return stats.new_empty(2, programs, dtype=torch.float64) if loss is None else None
+def _sums(stats: Tensor, loss: Tensor | None, rules: Rules, programs: int) -> Tensor | None:
+    if loss is not None:
+        return None
+    return stats.new_empty(2 if rules.smoothing is None else 3, programs, dtype=torch.float64)
 
 
 def cross_entropy_merge(
@@ -279,10 +292,10 @@ def cross_entropy_merge(
     """`cross_entropy_rows` from the results (4, ranges, N S) of `cross_entropy_ranges` for all classes."""
     _, splits, M = partial.shape
     programs = cdiv(M, MERGE_ROWS)
-    results = Results(stats, loss, _sums(stats, loss, programs))
+    results = Results(stats, loss, _sums(stats, loss, rules, programs))
     launch.launch(
         _merge_ranges_kernel, programs, partial.device,
-        partial, target, rules, results, M, splits,
+        partial, target, rules.for_kernel(acc_dtype(partial.dtype)), results, M, splits,
         PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(partial.dtype), BLOCK_M=MERGE_ROWS,
     )  # fmt: skip
     cost.report("cross_entropy_merge", 0, (partial, *results))
@@ -300,13 +313,13 @@ def cross_entropy_rows(
         loss: (N, S), filled with the losses; or None.
 
     Returns:
-        Without loss, the sums (2, blocks of rows) of losses and of weights, for `cross_entropy_reduce`; else None.
+        Without loss, `Results.sums`, for `cross_entropy_reduce`; else None.
     """
     N, C, S = logits.shape
     per_split = classes_per_split(N * S, C, gpu.of(logits.device).sms)
     if per_split < C:
         return cross_entropy_merge(cross_entropy_ranges(logits, target, rules), target, rules, stats, loss)
-    sums = _sums(stats, loss, cdiv(N * S, class_block(C)[0]))
+    sums = _sums(stats, loss, rules, cdiv(N * S, class_block(C)[0]))
     _launch_ranges(logits, target, rules, per_split, None, Results(stats, loss, sums))
     return sums
 

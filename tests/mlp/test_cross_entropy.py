@@ -118,6 +118,22 @@ def test_a_mean_of_no_weight_gives_what_torch_gives(smoothing, backend, device):
         torch.testing.assert_close(mine, its, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("ranges", [1, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["plain", "smoothed"])
+def test_a_mean_of_weights_that_cancel_gives_what_torch_gives(smoothing, ranges, kernels, device, monkeypatch):
+    monkeypatch.setattr("fusemlp.kernels.cross_entropy.classes_per_split", lambda *_: 32 // ranges)
+    monkeypatch.setattr("fusemlp.kernels.cross_entropy.class_block", lambda C: (4, 16))
+    logits, target = torch.zeros(4, 20, device=device), torch.tensor([0, 1, 0, 1], device=device)
+    # The loss of the targets' classes is positive, and that of all classes, too: neither infinity meets its opposite.
+    logits[::2, 0] = -1
+    weight = torch.ones(20, device=device)
+    weight[1] = -1
+    ours, torchs = (f.cross_entropy(logits, target, weight, label_smoothing=smoothing) for f in (F, torch_F))
+    assert torchs == torch.inf
+    assert ours == torchs
+
+
 WEIGHTS = {"of no target": (3, 0.0), "of a target": (1, 0.0), "smoothed": (3, 0.2)}
 
 
