@@ -41,7 +41,16 @@ from .config import cdiv, pointwise_block, reduction_block, reduction_options, r
 from .dropout import drop, dropout_args
 from .moments import MERGE_BLOCK, column_sums, store_partial, store_rounded
 from .residual import add_residual, residual_args
-from .tile import all_octets, cut_to_tf32, in_octets, load_tile, store_tile, triton_acc_dtype
+from .tile import (
+    all_octets,
+    cut_to_tf32,
+    in_octets,
+    join_scalar,
+    load_tile,
+    split_scalar,
+    store_tile,
+    triton_acc_dtype,
+)
 
 
 class NormArgs(NamedTuple):
@@ -51,14 +60,14 @@ class NormArgs(NamedTuple):
         mean, var: (N,), of the columns (float64, see `moments`), or running averages; without a mean nothing is
             normalised.
         weight, bias: (N,) or None.
-        eps: added to var.
+        eps: added to var; in a kernel, see `tile.split_scalar`.
     """
 
     mean: Tensor | None = None
     var: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    eps: float = 0.0
+    eps: Any = 0.0
 
 
 @triton.jit
@@ -71,7 +80,7 @@ def load_columns(ptr, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def load_rstd(norm, col, N, dtype: tl.constexpr, BLOCK_N: tl.constexpr):
     """1 / sqrt(var + eps) of BLOCK_N columns, [1, BLOCK_N]. norm: `NormArgs`."""
-    return 1 / tl.sqrt(load_columns(norm.var, col, N, dtype, BLOCK_N) + norm.eps)
+    return 1 / tl.sqrt(load_columns(norm.var, col, N, dtype, BLOCK_N) + join_scalar(norm.eps, dtype))
 
 
 @triton.jit
@@ -256,12 +265,12 @@ def batch_norm_fwd(
     (y,) = outputs = _batch_norm_fwd_outputs(x)
     launch.check_addressable(x, *(() if residual is None else (residual,)))
     M, N = x.shape
-    norm = NormArgs(mean, var, weight, bias, eps)
+    norm = NormArgs(mean, var, weight, bias, split_scalar(eps, x.dtype))
     added = residual_args(residual)
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
-        x, y, norm, dropout_args(p, seed, col_offset=col_offset), added, M, N, *x.stride(),
+        x, y, norm, dropout_args(p, seed, x.dtype, col_offset=col_offset), added, M, N, *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         OCTETS=all_octets(N, x.stride(0), added.stride_m or 0), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
@@ -342,7 +351,8 @@ def batch_norm_bwd_sums(
     partial = x.new_empty(2, splits, N, dtype=torch.float64)
     launch.launch(
         _grad_sums_kernel, splits * cdiv(N, block_n), x.device,
-        dy, x, partial, NormArgs(mean, var, weight, bias, eps), dropout_args(p, seed, col_offset=col_offset),
+        dy, x, partial, NormArgs(mean, var, weight, bias, split_scalar(eps, x.dtype)),
+        dropout_args(p, seed, x.dtype, col_offset=col_offset),
         M, N, splits, rows_per_split, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
@@ -387,11 +397,11 @@ def batch_norm_bwd(
     (dx,) = outputs = _batch_norm_bwd_outputs(dy, x)
     launch.check_addressable(dy, x)
     M, N = x.shape
-    norm = NormArgs(mean, var, weight, bias, eps)
+    norm = NormArgs(mean, var, weight, bias, split_scalar(eps, x.dtype))
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _apply_bwd_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
-        dy, x, dx, norm, sums, dropout_args(p, seed, col_offset=col_offset), M, N, *dy.stride(), *x.stride(),
+        dy, x, dx, norm, sums, dropout_args(p, seed, x.dtype, col_offset=col_offset), M, N, *dy.stride(), *x.stride(),
         FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         OCTETS=all_octets(N, dy.stride(0), x.stride(0)), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from . import cost, gpu, launch
 from .config import cdiv, class_block, classes_per_split
 from .moments import store_rounded
 from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
-from .tile import acc_dtype, in_octets, triton_acc_dtype
+from .tile import TRITON_DTYPES, acc_dtype, in_octets, triton_acc_dtype
 
 
 class Results(NamedTuple):
@@ -44,7 +44,8 @@ class Results(NamedTuple):
     Attributes:
         stats: (3, M), what backward needs of a row: m, log total and a.
         loss: (M,), or None.
-        sums: (2, blocks of rows), float64, the sum of losses and the sum of weights of each block; or None.
+        sums: (2, blocks of rows), float64, the sum of losses and the sum of weights of each block; with smoothing
+            (3, blocks of rows), also the sum of the weights' magnitudes; or None.
     """
 
     stats: Tensor | None = None
@@ -74,7 +75,10 @@ def _merge_totals(m, total, other_m, other_total):
 def _merge_ranges(m, total, b, a, other_m, other_total, other_b, other_a):
     """m, total, b and a of the union of two ranges of classes; see the module docstring."""
     m, total, shift, other_shift = _merge_totals(m, total, other_m, other_total)
-    return m, total, b + a * shift + other_b + other_a * other_shift, a + other_a
+    # Of an infinite weight, a is infinite, and 0 times infinity would be nan.
+    moved = tl.where(shift == 0, 0.0, a * shift)
+    other_moved = tl.where(other_shift == 0, 0.0, other_a * other_shift)
+    return m, total, b + moved + other_b + other_moved, a + other_a
 
 
 @triton.jit
@@ -103,18 +107,21 @@ def _finish_rows(m, total, b, a, rows, row_mask, M, target_ptr, rules, results, 
     if results.sums is not None:
         tl.store(results.sums + tl.program_id(0), tl.sum(loss.to(tl.float64), axis=0))
         tl.store(results.sums + tl.num_programs(0) + tl.program_id(0), tl.sum(weight.to(tl.float64), axis=0))
+        if rules.smoothing is not None:
+            magnitude = tl.sum(tl.abs(weight).to(tl.float64), axis=0)
+            tl.store(results.sums + 2 * tl.num_programs(0) + tl.program_id(0), magnitude)
 
 
 @triton.jit
 def _ranges_kernel(
     logits_ptr, target_ptr, rules, partial_ptr, results,
     M, C, S, stride_n, stride_c, stride_s, target_stride_n, target_stride_c, target_stride_s, splits, classes_per_split,
-    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    PROBABILITIES: tl.constexpr, OCTETS: tl.constexpr, ACC_DTYPE: tl.constexpr, SUM_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """m, total, b and a of one range of a block of rows, in partial (4, splits, M); without it, finished rows.
 
-    OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`).
+    SUM_DTYPE: see `_sum_dtype`. OCTETS: whether C and the strides of rows are multiples of 8 (see `tile.in_octets`).
     """
     C, stride_n = in_octets(C, OCTETS), in_octets(stride_n, OCTETS)
     target_stride_n = in_octets(target_stride_n, OCTETS and PROBABILITIES)
@@ -129,8 +136,6 @@ def _ranges_kernel(
         index, _, _ = load_index(target_ptr, rows, row_mask, rules)
         target, target_rows = index[:, None], rows
     one_hot: tl.constexpr = not PROBABILITIES and rules.smoothing is None and rules.weight is None
-    # Probabilities may be any numbers, and terms of both signs cancel. So b and a are summed in float64.
-    SUM_DTYPE: tl.constexpr = tl.float64 if PROBABILITIES else ACC_DTYPE
     m, total, b, a = _no_classes(ACC_DTYPE, SUM_DTYPE, BLOCK_M)
     begin = split * classes_per_split
     end = tl.minimum(begin + classes_per_split, C)
@@ -149,13 +154,14 @@ def _ranges_kernel(
         else:
             # 3. Compute q and sum.
             target_offs = target_rows[:, None] + cols.to(tl.int64)[None, :] * target_stride_c
-            q = class_weights(target, target_offs, cols, mask, rules, ACC_DTYPE, PROBABILITIES)
+            q = class_weights(target, target_offs, cols, mask, rules, SUM_DTYPE, PROBABILITIES)
             # Skip logits without weight: 0 times -inf would be nan.
             counts = mask if PROBABILITIES or rules.smoothing is not None else mask & (q != 0)
             if PROBABILITIES:
-                q = q.to(SUM_DTYPE)
                 relative = logits.to(SUM_DTYPE) - tl.where(tile_m == float("-inf"), 0.0, tile_m)[:, None]
-            tile_b = tl.sum(q * tl.where(counts, relative, 0.0), axis=1)
+            # Skip the largest logit, too: its weight may be infinite.
+            factor = q if rules.weight is None else tl.where(relative == 0, 0.0, q)
+            tile_b = tl.sum(factor * tl.where(counts, relative, 0.0), axis=1)
             # 4. Merge the tile with the classes before it.
             m, total, b, a = _merge_ranges(m, total, b, a, tile_m, tile_total, tile_b, tl.sum(q, axis=1))
     if one_hot:
@@ -200,20 +206,27 @@ def _merge_ranges_kernel(
 def _reduce_kernel(
     sums_ptr, loss_ptr, weight_ptr, programs, MEAN: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Add up sums (2, programs) in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
+    """Add up `Results.sums` in order: the loss, a sum or (MEAN) divided by the sum of weights, and that sum."""
     loss = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
+    magnitude = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, programs, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         loss += tl.load(sums_ptr + offs, mask=offs < programs, other=0.0)
         weight += tl.load(sums_ptr + programs + offs, mask=offs < programs, other=0.0)
+        if SMOOTHED:
+            magnitude += tl.load(sums_ptr + 2 * programs + offs, mask=offs < programs, other=0.0)
     total = tl.sum(loss, axis=0)
     total_weight = tl.sum(weight, axis=0)
+    divisor = total_weight
     if SMOOTHED:
-        # The other classes count even if the total weight is 0. The mean is then nan in PyTorch, and not infinite.
+        # PyTorch adds the means of two losses: that of the targets' classes and that of all classes. If all weights are
+        # 0, the first is 0/0. If weights cancel, the mean is infinite (nan in PyTorch, if the two losses have opposite
+        # signs), and the gradient is nan.
+        divisor = tl.where(tl.sum(magnitude, axis=0) == 0, float("nan"), total_weight)
         total_weight = tl.where(total_weight == 0, float("nan"), total_weight)
     if MEAN:
-        total = total / total_weight
+        total = total / divisor
     store_rounded(loss_ptr, total, 0, None)
     tl.store(weight_ptr, total_weight)
 
@@ -223,6 +236,14 @@ MERGE_ROWS = 128
 REDUCE = {"BLOCK": 8192, "num_warps": 32}
 
 
+def _sum_dtype(logits: Tensor, target: Tensor) -> torch.dtype:
+    """The dtype in which a range's b and a are summed.
+
+    Probabilities may be any numbers, and terms of both signs cancel.
+    """
+    return torch.float64 if target.is_floating_point() else acc_dtype(logits.dtype)
+
+
 def _launch_ranges(
     logits: Tensor, target: Tensor, rules: Rules, per_split: int, partial: Tensor | None, results: Results
 ) -> None:
@@ -230,12 +251,13 @@ def _launch_ranges(
     N, C, S = logits.shape
     block_m, block_c = class_block(C)
     splits = cdiv(C, per_split)
+    sum_dtype = _sum_dtype(logits, target)
     launch.launch(
         _ranges_kernel, cdiv(N * S, block_m) * splits, logits.device,
-        logits, target, rules, partial, results,
+        logits, target, rules.for_kernel(sum_dtype), partial, results,
         N * S, C, S, *logits.stride(), *class_strides(target), splits, per_split,
         PROBABILITIES=target.is_floating_point(), OCTETS=rows_in_octets(logits, target),
-        ACC_DTYPE=triton_acc_dtype(logits.dtype), BLOCK_M=block_m, BLOCK_C=block_c,
+        ACC_DTYPE=triton_acc_dtype(logits.dtype), SUM_DTYPE=TRITON_DTYPES[sum_dtype], BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip
     cost.report("cross_entropy_fwd", 0, (logits, target, rules.weight, partial, *results))
 
@@ -258,8 +280,10 @@ def cross_entropy_ranges(logits: Tensor, target: Tensor, rules: Rules) -> Tensor
     return partial
 
 
-def _sums(stats: Tensor, loss: Tensor | None, programs: int) -> Tensor | None:
-    return stats.new_empty(2, programs, dtype=torch.float64) if loss is None else None
+def _sums(stats: Tensor, loss: Tensor | None, rules: Rules, programs: int) -> Tensor | None:
+    if loss is not None:
+        return None
+    return stats.new_empty(2 if rules.smoothing is None else 3, programs, dtype=torch.float64)
 
 
 def cross_entropy_merge(
@@ -268,10 +292,10 @@ def cross_entropy_merge(
     """`cross_entropy_rows` from the results (4, ranges, N S) of `cross_entropy_ranges` for all classes."""
     _, splits, M = partial.shape
     programs = cdiv(M, MERGE_ROWS)
-    results = Results(stats, loss, _sums(stats, loss, programs))
+    results = Results(stats, loss, _sums(stats, loss, rules, programs))
     launch.launch(
         _merge_ranges_kernel, programs, partial.device,
-        partial, target, rules, results, M, splits,
+        partial, target, rules.for_kernel(acc_dtype(partial.dtype)), results, M, splits,
         PROBABILITIES=target.is_floating_point(), ACC_DTYPE=triton_acc_dtype(partial.dtype), BLOCK_M=MERGE_ROWS,
     )  # fmt: skip
     cost.report("cross_entropy_merge", 0, (partial, *results))
@@ -289,13 +313,13 @@ def cross_entropy_rows(
         loss: (N, S), filled with the losses; or None.
 
     Returns:
-        Without loss, the sums (2, blocks of rows) of losses and of weights, for `cross_entropy_reduce`; else None.
+        Without loss, `Results.sums`, for `cross_entropy_reduce`; else None.
     """
     N, C, S = logits.shape
     per_split = classes_per_split(N * S, C, gpu.of(logits.device).sms)
     if per_split < C:
         return cross_entropy_merge(cross_entropy_ranges(logits, target, rules), target, rules, stats, loss)
-    sums = _sums(stats, loss, cdiv(N * S, class_block(C)[0]))
+    sums = _sums(stats, loss, rules, cdiv(N * S, class_block(C)[0]))
     _launch_ranges(logits, target, rules, per_split, None, Results(stats, loss, sums))
     return sums
 

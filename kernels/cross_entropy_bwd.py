@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cost, launch
 from .config import cdiv, class_block
 from .target import Rules, class_strides, class_weights, load_index, row_offsets, rows_in_octets
-from .tile import cast, in_octets, triton_acc_dtype
+from .tile import acc_dtype, cast, in_octets, triton_acc_dtype
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def cross_entropy_bwd_into(
     block_m, block_c = class_block(C)
     launch.launch(
         _cross_entropy_bwd_kernel, cdiv(N * S, block_m) * cdiv(C, block_c), logits.device,
-        logits, target, rules, stats, grad, total_weight, dlogits,
+        logits, target, rules.for_kernel(acc_dtype(logits.dtype)), stats, grad, total_weight, dlogits,
         N * S, C, S, *logits.stride(), *class_strides(target), *dlogits.stride(), grad.stride(0),
         PROBABILITIES=target.is_floating_point(), OCTETS=rows_in_octets(logits, target, dlogits),
         ACC_DTYPE=triton_acc_dtype(logits.dtype), BLOCK_M=block_m, BLOCK_C=block_c,

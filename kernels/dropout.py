@@ -5,6 +5,7 @@ The gradient dx = dy keep / (1 - p) is the same function of dy.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import cost, launch
 from .config import cdiv, pointwise_block
 from .random import keep_tile, threshold
-from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, in_octets, join_scalar, load_tile, split_scalar, store_tile, triton_acc_dtype
 
 
 class DropoutArgs(NamedTuple):
@@ -24,7 +25,7 @@ class DropoutArgs(NamedTuple):
         row_offset, col_offset: where the shard begins in the whole matrix.
         misaligned: None if col_offset is a multiple of 8.
         threshold: see `random.keep_tile`.
-        scale: 1 / (1 - p).
+        scale: 1 / (1 - p), see `tile.split_scalar`.
     """
 
     seed: Tensor | None = None
@@ -33,22 +34,24 @@ class DropoutArgs(NamedTuple):
     col_offset: int | None = None
     misaligned: int | None = None
     threshold: int | None = None
-    scale: float | None = None
+    scale: tuple[float, ...] | None = None
 
 
 def dropout_args(
-    p: float, seed: Tensor | None, stream: int = 0, row_offset: int = 0, col_offset: int = 0
+    p: float, seed: Tensor | None, dtype: torch.dtype, stream: int = 0, row_offset: int = 0, col_offset: int = 0
 ) -> DropoutArgs:
     """The arguments of `drop`.
 
     Args:
         p: probability of dropping an element, 0 <= p < 1.
+        dtype: of the elements.
         seed, stream, row_offset, col_offset: see `DropoutArgs`.
     """
     if seed is None:
         return DropoutArgs()
     misaligned = col_offset % 8 or None
-    return DropoutArgs(seed, stream, row_offset, col_offset, misaligned, threshold(p), 1 / (1 - p))
+    scale = split_scalar(1 / (1 - p), dtype)
+    return DropoutArgs(seed, stream, row_offset, col_offset, misaligned, threshold(p), scale)
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def drop(x, dropout, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
             dropout.seed, dropout.stream, dropout.row_offset + row, dropout.col_offset + col, dropout.threshold,
             BLOCK_M, BLOCK_N, dropout.misaligned is None,
         )  # fmt: skip
-        return tl.where(keep, x * dropout.scale, 0.0)
+        return tl.where(keep, x * join_scalar(dropout.scale, x.dtype), 0.0)
 
 
 @triton.jit
@@ -106,7 +109,7 @@ def dropout(
     block_m, block_n = pointwise_block(N)
     launch.launch(
         _dropout_kernel, cdiv(M, block_m) * cdiv(N, block_n), x.device,
-        x, y, dropout_args(p, seed, stream, row_offset, col_offset), M, N, *x.stride(),
+        x, y, dropout_args(p, seed, x.dtype, stream, row_offset, col_offset), M, N, *x.stride(),
         OCTETS=all_octets(N, x.stride(0)), ACC_DTYPE=triton_acc_dtype(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     cost.report("dropout", 0, (x, y, seed))

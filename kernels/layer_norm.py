@@ -37,7 +37,17 @@ from .config import cdiv, row_pass
 from .dropout import drop, dropout_args
 from .moments import column_sums, store_partial
 from .residual import add_residual, residual_args
-from .tile import INTERPRET, acc_dtype, all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
+from .tile import (
+    INTERPRET,
+    acc_dtype,
+    all_octets,
+    in_octets,
+    join_scalar,
+    load_tile,
+    split_scalar,
+    store_tile,
+    triton_acc_dtype,
+)
 
 
 class RowNormArgs(NamedTuple):
@@ -45,12 +55,12 @@ class RowNormArgs(NamedTuple):
 
     Attributes:
         weight, bias: (N,) or None.
-        eps: added to the mean square.
+        eps: added to the mean square, see `tile.split_scalar`.
     """
 
     weight: Tensor | None
     bias: Tensor | None
-    eps: float
+    eps: tuple[float, ...]
 
 
 @triton.jit
@@ -108,7 +118,7 @@ def normalize_rows(x, norm, row, M, N, CENTRE: tl.constexpr, BLOCK_M: tl.constex
         var = tl.where(var < 0, 0.0, var)
     else:
         var = row_mean(x * x, N)
-    rstd = inverse_sqrt(var + norm.eps)
+    rstd = inverse_sqrt(var + join_scalar(norm.eps, var.dtype))
     rstd = tl.where((row + tl.arange(0, BLOCK_M) < M)[:, None], rstd, 0.0)
     return x * rstd, rstd
 
@@ -241,7 +251,8 @@ def layer_norm_fwd(
     rows, options = row_pass(M, N, loaded, gpu.of(x.device).sms, min_rows=2, warps_per_sm=32)
     launch.launch(
         _layer_norm_fwd_kernel, cdiv(M, rows), x.device,
-        x, y, RowNormArgs(weight, bias, eps), dropout_args(p, seed), added, M, N, rows, *x.stride(),
+        x, y, RowNormArgs(weight, bias, split_scalar(eps, x.dtype)), dropout_args(p, seed, x.dtype), added,
+        M, N, rows, *x.stride(),
         CENTRE=centre, FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         OCTETS=all_octets(N, x.stride(0), added.stride_m or 0), **options,
     )  # fmt: skip
@@ -287,8 +298,8 @@ def layer_norm_bwd(
     partial = x.new_empty(2, splits, N, dtype=acc_dtype(x.dtype)) if summed else None
     launch.launch(
         _layer_norm_bwd_kernel, splits, x.device,
-        dy, x, dx, partial, RowNormArgs(weight, bias, eps), dropout_args(p, seed), M, N, splits, rows,
-        *dy.stride(), *x.stride(),
+        dy, x, dx, partial, RowNormArgs(weight, bias, split_scalar(eps, x.dtype)), dropout_args(p, seed, x.dtype),
+        M, N, splits, rows, *dy.stride(), *x.stride(),
         CENTRE=centre, FNS=functions_of_preact(activation), ACC_DTYPE=triton_acc_dtype(x.dtype),
         OCTETS=all_octets(N, dy.stride(0), x.stride(0)), **options,
     )  # fmt: skip

@@ -43,7 +43,7 @@ from .epilogue import (
 from .gemm import IDENTITY, Unreduced, gemm
 from .layout import layout_of
 from .plan import plan_product
-from .tile import all_octets, in_octets, load_tile, store_tile, triton_acc_dtype
+from .tile import all_octets, in_octets, load_tile, split_scalar, store_tile, triton_acc_dtype
 
 
 def _linear_fwd_outputs(
@@ -199,7 +199,7 @@ def linear_fwd_norm(
         [act(u)], (M, N).
     """
     (y,) = outputs = [x.new_empty(x.shape[0], w.shape[0])]
-    args = BiasNormArgs(b, NormArgs(mean, var, norm_weight, norm_bias, eps))
+    args = BiasNormArgs(b, NormArgs(mean, var, norm_weight, norm_bias, split_scalar(eps, x.dtype)))
     gemm("linear_fwd", x, w.t(), y, Epilogue(_kind_of_preact(bias_norm_act, activation), args))
     return outputs
 
@@ -225,7 +225,7 @@ def linear_dgrad_dropout(
         [dx], (M, K).
     """
     (dx,) = outputs = _linear_dgrad_dropout_outputs(dz, w)
-    args = DropoutActArgs(x, dropout_args(p, seed, col_offset=col_offset))
+    args = DropoutActArgs(x, dropout_args(p, seed, x.dtype, col_offset=col_offset))
     gemm("linear_dgrad", dz, w, dx, Epilogue(_kind_of_preact(dact_dropout, activation), args))
     return outputs
 

@@ -79,7 +79,7 @@ def _total_weight(target: Tensor, rules: Rules) -> Tensor:
         return counts.sum(dtype=torch.float64)
     counts = counts & (target >= 0) & (target < rules.classes)
     total = rules.weight.double()[target.where(counts, 0)].where(counts, 0.0).sum()
-    # As in `_reduce_kernel`.
+    # As in `_reduce_kernel`, for the gradient.
     return total if rules.smoothing is None else total.where(total != 0, float("nan"))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cost, gpu, launch
 from .config import cdiv, reduction_block, reduction_options, row_splits
-from .tile import INTERPRET, all_octets, cast, in_octets, load_tile, triton_acc_dtype
+from .tile import INTERPRET, all_octets, cast, in_octets, join_scalar, load_tile, split_scalar, triton_acc_dtype
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _merge_moments_kernel(
     store_rounded(var_ptr, m2 / M, offs_n, mask)
     # 3. Update the running averages, with the unbiased variance. The caller has counted the batch if CUMULATIVE.
     if running_mean_ptr is not None:
-        share = 1 / tl.load(batches_ptr).to(tl.float64) if CUMULATIVE else tl.cast(momentum, tl.float64)
+        share = 1 / tl.load(batches_ptr).to(tl.float64) if CUMULATIVE else join_scalar(momentum, tl.float64)
         _move_average(running_mean_ptr, mean, share, offs_n, mask)
         _move_average(running_var_ptr, m2 / (M - 1), share, offs_n, mask)
     # 4. Count the batch, once.
@@ -172,7 +172,8 @@ def merge_partial_moments(
     launch.launch(
         _merge_moments_kernel, cdiv(N, MERGE_BLOCK["BLOCK_N"]), partial.device,
         partial, mean, var, running_mean, running_var, batches,
-        rows, N, splits, rows_per_split, momentum or 0.0, CUMULATIVE=momentum is None, **MERGE_BLOCK,
+        rows, N, splits, rows_per_split, split_scalar(momentum or 0.0, torch.float64),
+        CUMULATIVE=momentum is None, **MERGE_BLOCK,
     )  # fmt: skip
     averages = (running_mean, running_var) * 2
     cost.report("batch_norm_moments_merge", 0, (partial, mean, var, *averages))

@@ -9,9 +9,12 @@ w: class weights; s: label smoothing.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tile import join_scalar, split_scalar
 
 
 class Rules(NamedTuple):
@@ -20,16 +23,22 @@ class Rules(NamedTuple):
     Attributes:
         weight: (classes,), contiguous, or None.
         ignore_index: index of rows that do not count.
-        smoothing: in (0, 1]; None for 0.
+        smoothing: in (0, 1]; None for 0; in a kernel, see `tile.split_scalar`.
         classes: number of classes in the whole row.
         first_class: the first class of the given logits, if they are a part of the row.
     """
 
     weight: Tensor | None
     ignore_index: int
-    smoothing: float | None
+    smoothing: float | tuple[float, ...] | None
     classes: int
     first_class: int = 0
+
+    def for_kernel(self, dtype: torch.dtype) -> "Rules":
+        """The rules as an argument of a kernel that computes q in `dtype`."""
+        if not isinstance(self.smoothing, float):
+            return self
+        return self._replace(smoothing=split_scalar(self.smoothing, dtype))
 
 
 @triton.jit
@@ -57,10 +66,16 @@ def class_weights(target, target_offs, cols, mask, rules, dtype: tl.constexpr, P
     else:
         q = (target == classes[None, :]).to(dtype)
     if rules.smoothing is not None:
-        q = q * (1 - rules.smoothing) + rules.smoothing / rules.classes
+        smoothing = join_scalar(rules.smoothing, dtype)
+        q = q * (1 - smoothing) + smoothing / rules.classes
     if rules.weight is not None:
         w = tl.load(rules.weight + classes, mask=classes < rules.classes, other=0.0)
-        q = q * w.to(dtype)[None, :]
+        w = w.to(dtype)[None, :]
+        if PROBABILITIES or rules.smoothing is not None:
+            q = q * w
+        else:
+            # Select: 0 times the infinite weight of another class would be nan.
+            q = tl.where(q != 0, w, 0.0)
     return tl.where(mask, q, 0.0)
 
 

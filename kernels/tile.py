@@ -6,6 +6,10 @@ zero and are not stored.
 # pyright: reportGeneralTypeIssues=false
 # (the checker takes a @triton.jit function that unpacks a result for one that never returns)
 
+from ctypes import c_float
+from functools import lru_cache
+from math import isfinite
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +35,33 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+
+def split_scalar(x: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """A number as a kernel that computes with it in `dtype` takes it, for `join_scalar`.
+
+    Triton passes a float as float32. So a number for float64 is passed as its three float32 parts, whose sum it is.
+    """
+    return _float32_parts(x) if dtype == torch.float64 else (x,)
+
+
+@lru_cache
+def _float32_parts(x: float) -> tuple[float, ...]:
+    parts = []
+    for _ in range(3):
+        part = c_float(x).value
+        parts.append(part)
+        x = x - part if isfinite(part) else 0.0
+    return tuple(parts)
+
+
+@triton.jit
+def join_scalar(parts, dtype: tl.constexpr):
+    """The number that was given to `split_scalar`."""
+    x = tl.cast(parts[0], dtype)  # pyright: ignore[reportArgumentType]
+    for i in tl.static_range(1, len(parts)):  # pyright: ignore[reportGeneralTypeIssues]
+        x += tl.cast(parts[i], dtype)  # pyright: ignore[reportArgumentType]
+    return x
 
 
 @triton.jit

@@ -84,7 +84,8 @@ class Layer(NamedTuple):
     bias: Tensor | None = None
     activation: str | None = None
     norm: Norm | RowNorm | None = None
-    p: float = 0.0
+    # Not 0.0: under dynamic=True the compiler takes a float for an unknown number, and cannot branch on it.
+    p: float = 0
     columns: Columns | None = None
     residual: bool = False
 

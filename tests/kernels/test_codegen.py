@@ -141,12 +141,12 @@ mean, var, weight, bias = torch.empty(4, 66)[:, :64]
 seed = torch.zeros(1, dtype=torch.int64)
 # Arguments in tuples: tensors, None, numbers that are compiled in, and numbers that are not.
 norms = [
-    NormArgs(None, None, None, None, 0.0), NormArgs(mean, var, None, None, 1e-5),
-    NormArgs(mean, var, None, None, 1e-3), NormArgs(mean, var, weight, bias, 1e-5),
+    NormArgs(None, None, None, None, (0.0,)), NormArgs(mean, var, None, None, (1e-5,)),
+    NormArgs(mean, var, None, None, (1e-3,)), NormArgs(mean, var, weight, bias, (1e-5,)),
 ]
 drops = [
-    DropoutArgs(), DropoutArgs(seed, 0, 0, 0, None, 1000, 1.5),
-    DropoutArgs(seed, 1, 0, 0, None, 1000, 1.5), DropoutArgs(seed, 2, 0, 9, 1, 2**31, 2.0),
+    DropoutArgs(), DropoutArgs(seed, 0, 0, 0, None, 1000, (1.5,)),
+    DropoutArgs(seed, 1, 0, 0, None, 1000, (1.5,)), DropoutArgs(seed, 2, 0, 9, 1, 2**31, (2.0,)),
 ]
 residuals = [residual_args(None), residual_args(y)]
 

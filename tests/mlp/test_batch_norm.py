@@ -110,6 +110,18 @@ def test_running_statistics_over_many_steps(momentum, kernels, device):
     torch.testing.assert_close(list(ours.buffers()), list(torchs.buffers()))
 
 
+@pytest.mark.parametrize("momentum", [0.1, 1 / 3])
+def test_running_averages_in_float64_keep_its_digits(momentum, make, kernels):
+    """The share of a batch is no float32 number."""
+    module, x, grad = make((9, 3), torch.float64, momentum=momentum)
+    assert_three_way(three_way(module, 1e6 + x, grad))
+
+
+def test_eps_in_float64_keeps_its_digits(make, kernels):
+    module, x, grad = make((9, 3), torch.float64)
+    assert_three_way(three_way(module, 1e-4 * x, 1e3 * grad))
+
+
 def test_large_mean_and_small_deviation_stay_accurate(make, kernels):
     module, x, grad = make((500, 24))
     assert_three_way(three_way(module, 1e4 + 1e-2 * (x - 2) / 3, grad))

@@ -1,10 +1,12 @@
 """Chains of two layers under torch.compile: every combination of what a layer can have."""
 
+import copy
 from unittest.mock import patch
 
 import pytest
 import torch
 from fusemlp.kernels import launch
+from fusemlp.mlp import MLP
 from fusemlp.mlp.layer import Layer, Norm, RowNorm
 from fusemlp.mlp.linear import linear_chain
 from torch._subclasses import FakeTensorMode
@@ -82,3 +84,17 @@ def test_a_compiled_chain_is_the_eager_one(number, kernels, device):
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(compiled), step(forward))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_batch_norm_compiles_for_any_number_of_rows(kernels, device):
+    eager = MLP(WIDTH, [WIDTH, WIDTH], 2, batch_norm=True, device=device)
+    traced = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager", dynamic=True)
+    for number in (5, 7):
+        x = torch.randn(number, WIDTH, device=device)
+        for net in (eager, compiled):
+            net(x).square().sum().backward()
+    results = [[*(p.grad for p in net.parameters()), *net.buffers()] for net in (traced, eager)]
+    torch.testing.assert_close(*results)

@@ -91,6 +91,12 @@ def test_an_empty_batch_gives_what_torch_gives(reduction, backend, device):
     torch.testing.assert_close(ours, torch_F.cross_entropy(logits, target, reduction=reduction), equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_smoothing_in_float64_keeps_its_digits(kind, kernels, device):
+    logits, target = made((6, 5), kind, torch.float64, device)
+    assert_three_way(1000 * logits, target, label_smoothing=0.1)
+
+
 EXTREMES = {
     "large": lambda logits: 1e4 * logits.sign(),
     "all alike": lambda logits: torch.full_like(logits, 1e4),
@@ -112,13 +118,44 @@ def test_a_mean_of_no_weight_gives_what_torch_gives(smoothing, backend, device):
         torch.testing.assert_close(mine, its, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("ranges", [1, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["plain", "smoothed"])
+def test_a_mean_of_weights_that_cancel_gives_what_torch_gives(smoothing, ranges, kernels, device, monkeypatch):
+    monkeypatch.setattr("fusemlp.kernels.cross_entropy.classes_per_split", lambda *_: 32 // ranges)
+    monkeypatch.setattr("fusemlp.kernels.cross_entropy.class_block", lambda C: (4, 16))
+    logits, target = torch.zeros(4, 20, device=device), torch.tensor([0, 1, 0, 1], device=device)
+    # The loss of the targets' classes is positive, and that of all classes, too: neither infinity meets its opposite.
+    logits[::2, 0] = -1
+    weight = torch.ones(20, device=device)
+    weight[1] = -1
+    ours, torchs = (f.cross_entropy(logits, target, weight, label_smoothing=smoothing) for f in (F, torch_F))
+    assert torchs == torch.inf
+    assert ours == torchs
+
+
+WEIGHTS = {"of no target": (3, 0.0), "of a target": (1, 0.0), "smoothed": (3, 0.2)}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize(("where", "smoothing"), WEIGHTS.values(), ids=WEIGHTS)
+def test_an_infinite_or_nan_weight_counts_where_it_does_in_torch(where, smoothing, value, reduction, kernels, device):
+    logits, target = torch.randn(6, 5, device=device), torch.tensor([0, 1, 2, 0, 1, 4], device=device)
+    weight = torch.ones(5, device=device)
+    weight[where] = value
+    assert_three_way(logits, target, weight, label_smoothing=smoothing, reduction=reduction)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("scale", [5, 30])
-def test_targets_that_are_no_probabilities(scale, kernels, device):
+def test_targets_that_are_no_probabilities(scale, smoothing, kernels, device):
     """Terms of both signs cancel, and what is left may be small beside their rounding errors."""
     for seed in range(20, 30):
         torch.manual_seed(seed)
         logits, target = scale * torch.randn(6, 13, device=device), torch.randn(6, 13, device=device)
-        assert_three_way(logits, target, reduction="sum")
+        assert_three_way(logits, target, reduction="sum", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -106,6 +106,11 @@ def test_values_and_gradients(shape, dtype, kernels, device):
     assert_as_close_as_torch(dx, dy * keep * (1 / 0.7), dy.double() * keep.double() / 0.7, "dx")
 
 
+def test_the_scale_in_float64_keeps_its_digits(kernels, device):
+    kept = F.dropout(torch.ones(8, 8, dtype=torch.float64, device=device), 0.3)
+    assert kept[kept != 0].sub(1 / 0.7).abs().max() < 1e-15
+
+
 def test_gradcheck(kernels, device):
     x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
 
