@@ -73,11 +73,15 @@ class Preprocessing:
         return [len(column.categories) for column in self.columns if column.kind == "embedded"]
 
     @property
+    def numbers(self) -> int:
+        """How many of the first inputs are numbers, those of dates among them."""
+        return len(self.rotation[0]) if self.rotation else len(self.mean)
+
+    @property
     def in_features(self) -> int:
         """The number of inputs, of which each embedded column is one."""
-        numbers = len(self.rotation[0]) if self.rotation else len(self.mean)
         categories = sum(len(column.categories) for column in self.columns if column.kind == "category")
-        return numbers + categories + len(self.embedded)
+        return self.numbers + categories + len(self.embedded)
 
     def transform(self, frame: DataFrame) -> Tensor:
         """Turn rows into inputs.
