@@ -45,9 +45,18 @@ def add_noise(x: Tensor, deviation: float, numbers: int) -> Tensor:
 def balanced_order(y: Tensor, generator: torch.Generator) -> Tensor:
     """Draw as many rows as there are, with replacement, each class equally often on average.
 
+    A class is drawn first, then one of its rows. Weights of rows would not do: `torch.multinomial` adds them up in
+    float32, and takes at most 2^24 rows.
+
     Args:
-        y: Class indices (rows,).
+        y: Class indices (rows,). Classes without rows are not drawn.
         generator: Draws the rows.
     """
-    weight = 1.0 / torch.bincount(y.cpu())[y.cpu()]
-    return torch.multinomial(weight, len(y), replacement=True, generator=generator)
+    y = y.cpu()
+    counts = y.bincount()
+    present = counts.nonzero()[:, 0]
+    drawn = present[torch.randint(len(present), (len(y),), generator=generator)]
+    # The remainder of a number this large is as good as uniform.
+    place = torch.randint(2**62, (len(y),), generator=generator) % counts[drawn]
+    first = counts.cumsum(0) - counts
+    return y.argsort(stable=True)[first[drawn] + place]

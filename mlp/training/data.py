@@ -167,12 +167,15 @@ def load_data(source: Source, fold: int = 0) -> Data:
     """
     frame, target_columns = _read(source)
     kind, by = parse_split(source.split, [str(name) for name in frame.columns])
+    present = frame[target_columns].notna().all(axis=1)
+    frame, dropped = frame[present].reset_index(drop=True), int((~present).sum())
+    notes = []
+    if by is not None:
+        frame, notes = _without_gaps(frame, kind, by)
+    of = None if by is None else frame[by]
     targets = frame[target_columns]
-    present = targets.notna().all(axis=1)
-    frame, targets = frame[present].reset_index(drop=True), targets[present].reset_index(drop=True)
     task = infer_task(targets) if source.task == "auto" else source.task
 
-    of = None if by is None else frame[by]
     if task == "classification":
         described, y = (encode_classes if targets.shape[1] == 1 else encode_probabilities)(targets)
         rows = _rows_of(source, kind, of, most_likely(y).numpy(), len(frame), fold)
@@ -181,11 +184,12 @@ def load_data(source: Source, fold: int = 0) -> Data:
         rows = _rows_of(source, kind, of, None, len(frame), fold)
         described, y = standardise(targets, rows.train)
 
-    features, notes = _choose(frame.drop(columns=target_columns), targets, source, by)
+    features, left_out = _choose(frame.drop(columns=target_columns), targets, source, by)
     preprocessing = fit_preprocessing(
         features.iloc[rows.train], source.scaling, source.max_categories, source.many_categories
     )
     x = preprocessing.transform(features)
+    notes += [*left_out, *_unseen_classes(described, y[rows.train])]
     if duplicates := count_duplicates(features, rows):
         notes.append(f"{counted(duplicates)} of the validation and test splits have the inputs of a training row")
     return Data(
@@ -195,20 +199,50 @@ def load_data(source: Source, fold: int = 0) -> Data:
         test=Split(x[rows.test], y[rows.test]),
         targets=described,
         preprocessing=preprocessing,
-        dropped=int((~present).sum()),
+        dropped=dropped,
         notes=notes,
         test_rows=frame.iloc[rows.test].reset_index(drop=True),
     )
 
 
+def _without_gaps(frame: DataFrame, kind: str, by: str) -> tuple[DataFrame, list[str]]:
+    """Leave out rows that a split by time cannot place. Say so, or that rows without a group are one group."""
+    missing = frame[by].isna()
+    if kind == "time" and missing.all():
+        raise InputError(f"argument --split: column {by!r} has no dates or numbers")
+    rows = int(missing.sum())
+    if not rows:
+        return frame, []
+    if kind == "group":
+        return frame, [f"{counted(rows)} without a value in column {by!r}: they stay together, as one group"]
+    return frame[~missing].reset_index(drop=True), [f"left out {counted(rows)} without a time in column {by!r}"]
+
+
 def _rows_of(source: Source, kind: str, of: Any, stratify: np.ndarray | None, rows: int, fold: int) -> Rows:
     """The rows of the splits; `stratify`: classes of the rows, or None."""
     if source.folds is None:
-        return split_rows(kind, of, stratify, rows, source.seed)
-    if kind == "time":
+        found = split_rows(kind, of, stratify, rows, source.seed)
+    elif kind == "time":
         raise InputError("argument --folds: does not fit --split time, whose order has no folds")
-    folds = fold_rows(kind, of, stratify, rows, source.seed, source.folds)
-    return next(islice(folds, fold, None))
+    else:
+        found = next(islice(fold_rows(kind, of, stratify, rows, source.seed, source.folds), fold, None))
+    for name, part in zip(("training", "validation", "test"), found, strict=True):
+        if len(part) < 2:
+            option = "split" if source.folds is None else "folds"
+            raise InputError(f"argument --{option}: the {name} split has {counted(len(part))}; at least 2 are needed")
+    return found
+
+
+def _unseen_classes(targets: Targets, y: Tensor) -> list[str]:
+    """Say which classes no training row has, as when they are younger than a split by time; one class is refused."""
+    if targets.task == "regression":
+        return []
+    seen = set(most_likely(y).tolist())
+    if len(seen) == 1:
+        only = targets.labels[seen.pop()]
+        raise InputError(f"argument --split: every training row has class {only!r}; at least 2 classes are needed")
+    unseen = [label for number, label in enumerate(targets.labels) if number not in seen]
+    return [f"the net cannot learn what no training row has: class {', '.join(map(repr, unseen))}"] if unseen else []
 
 
 def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | None) -> tuple[DataFrame, list[str]]:

@@ -98,7 +98,7 @@ def judge_classification(output: Tensor, val_output: Tensor, data: Data, positiv
 
     Returns:
         Plain data: "classes", "intervals", "calibration" with the temperature, and, for two classes, "threshold". The
-        temperature and the threshold are those of the validation split.
+        temperature and the threshold are those of the validation split; if no row of it is positive, there is none.
     """
     true, val_true = data.test.classes.numpy(), data.val.classes.numpy()
     probabilities = output.double().softmax(1).numpy()
@@ -113,7 +113,7 @@ def judge_classification(output: Tensor, val_output: Tensor, data: Data, positiv
             "after": describe_calibration((output.double() / temperature).softmax(1).numpy(), true),
         },
     }
-    if len(data.labels) == 2:
+    if len(data.labels) == 2 and (val_true == positive).any():
         of_val = val_output.double().softmax(1).numpy()[:, positive]
         threshold = choose_threshold(of_val, val_true == positive)
         found["threshold"] = {

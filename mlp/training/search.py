@@ -34,10 +34,14 @@ GRID = {
 }
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """The sampler "tpe", "random" or "grid"."""
+def make_sampler(name: str, seed: int, trials: int) -> BaseSampler:
+    """The sampler "tpe", "random" or "grid" of a study that has so many trials.
+
+    One that goes on must not draw what the first one drew. A grid is drawn anew, without the trials that there are.
+    """
     if name == "grid":
         return GridSampler(GRID, seed=seed)
+    seed = (seed + trials) % 2**32
     return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
 
 
@@ -118,13 +122,13 @@ def _open_study(options: Options, data: Data) -> optuna.Study:
         study = optuna.create_study(
             storage=storage,
             study_name=f"{data.name} {data.fingerprint()[:16]}",
-            sampler=make_sampler(options.sampler, options.seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=WARM_TRIALS, n_warmup_steps=WARM_EPOCHS),
             load_if_exists=True,
         )
     except Exception as error:  # of SQLAlchemy, which need not be imported for its names
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"argument --storage: {options.storage} cannot be used: {reason}") from None
+    study.sampler = make_sampler(options.sampler, options.seed, len(study.trials))
     return study
 
 

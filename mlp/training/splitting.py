@@ -12,6 +12,7 @@ from sklearn.model_selection import GroupKFold, GroupShuffleSplit, KFold, Strati
 
 from .columns import as_dates, is_date, is_numeric
 from .errors import InputError
+from .preprocessing import as_text
 
 
 class Rows(NamedTuple):
@@ -47,7 +48,8 @@ def split_rows(kind: str, of: Series | None, stratify: np.ndarray | None, rows: 
     Args:
         kind: "random"; "time": the earliest rows are for training and the latest for testing; "group": rows with the
             same value stay together.
-        of: The column that "time" or "group" go by.
+        of: The column that "time" or "group" go by. Rows without a time cannot be placed: it has none. Rows without a
+            group are one group.
         stratify: Classes of the rows, whose shares "random" keeps; or None.
         rows: Number of rows.
         seed: Seed of the random choices.
@@ -62,7 +64,7 @@ def split_rows(kind: str, of: Series | None, stratify: np.ndarray | None, rows: 
         return Rows(order[:first], order[first:second], order[second:])
     if kind == "group":
         assert of is not None
-        groups = of.astype(str).to_numpy()
+        groups = as_text(of).to_numpy()
         if len(np.unique(groups)) < 3:
             raise InputError(f"argument --split: column {of.name!r} has fewer than 3 groups")
         places = np.arange(rows)
@@ -85,11 +87,22 @@ def fold_rows(
     Args:
         folds: Number of folds, at least 3.
         kind, of, stratify, rows, seed: See `split_rows`; "time" has no folds.
+
+    Raises:
+        InputError: If there are fewer groups, rows, or rows of a class than folds.
     """
     places = np.arange(rows)
-    if kind == "group":
-        assert of is not None
-        parts = GroupKFold(folds).split(places, groups=of.astype(str).to_numpy())
+    groups = None if of is None else as_text(of).to_numpy()
+    if groups is not None:
+        most, what = len(np.unique(groups)), "groups"
+    elif stratify is not None:
+        most, what = int(np.bincount(stratify).min()), "rows in the rarest class"
+    else:
+        most, what = rows, "rows"
+    if folds > most:
+        raise InputError(f"argument --folds: {folds} folds need as many {what}; there are {most}")
+    if groups is not None:
+        parts = GroupKFold(folds).split(places, groups=groups)
     elif stratify is not None:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(places, stratify)
     else:

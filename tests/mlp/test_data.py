@@ -6,6 +6,8 @@ import pytest
 import torch
 from fusemlp.mlp.training.data import DATASETS, Source, load_data
 from fusemlp.mlp.training.errors import InputError
+from fusemlp.mlp.training.head import make_head
+from fusemlp.mlp.training.loss import make_loss
 
 
 def load(csv=None, target=(), task="auto", dataset="iris", seed=0, **options):
@@ -126,6 +128,65 @@ def test_several_columns_of_a_classification_are_probabilities(tmp_path):
 def test_a_seed_decides_the_split():
     assert torch.equal(load(seed=3).train.x, load(seed=3).train.x)
     assert not torch.equal(load(seed=3).train.x, load(seed=4).train.x)
+
+
+def test_rows_without_a_time_are_in_no_split(tmp_path):
+    frame = people().assign(day=pd.date_range("2024-01-01", periods=60).astype(str), age=np.arange(60.0))
+    frame.loc[[3, 50], "day"] = None
+    data = load(write(frame, tmp_path), "left", split="time:day", scaling="none", keep=["age"])
+    assert "left out 2 rows without a time in column 'day'" in data.notes
+    assert data.dropped == 0
+    ages = torch.cat([split.x[:, 0] for split in (data.train, data.val, data.test)]).tolist()
+    assert ages == [age for age in range(60) if age not in (3, 50)]
+
+
+@pytest.mark.parametrize("group", [["a", "b", "c", None], [1.0, 2.0, 3.0, None]], ids=["text", "numbers"])
+@pytest.mark.parametrize("folds", [None, 4], ids=["split", "folds"])
+def test_rows_without_a_group_are_one_group(group, folds, tmp_path):
+    frame = people().assign(clinic=group * 15)
+    data = load(write(frame, tmp_path), "left", split="group:clinic", folds=folds)
+    assert "15 rows without a value in column 'clinic': they stay together, as one group" in data.notes
+    missing = data.test_rows["clinic"].isna()
+    assert missing.all() or not missing.any()
+
+
+def late_classes(names):
+    """A table of three classes of 20 rows each, one after the other."""
+    return people().assign(day=range(60), left=np.repeat(names, 20))
+
+
+def test_a_class_that_no_training_row_has_is_said(tmp_path):
+    data = load(write(late_classes(["a", "b", "c"]), tmp_path), "left", split="time:day")
+    assert "the net cannot learn what no training row has: class 'c'" in data.notes
+    loss = make_loss(make_head(data.targets, "cross_entropy", []), data, 0.0, "balanced")
+    assert [loss.count(torch.tensor([label])).item() for label in range(3)] == pytest.approx([0.9, 1.125, 1])
+
+
+BAD_SPLITS = {
+    "no time": (people().assign(by=None), {"split": "time:by"}, "--split: column 'by' has no dates or numbers"),
+    "one class": (
+        people().assign(left=np.repeat(["a", "b"], [40, 20]), by=range(60)),
+        {"split": "time:by"},
+        "--split: every training row has class 'a'; at least 2",
+    ),
+    "a small group": (
+        people().assign(by=["a"] * 58 + ["b", "c"]),
+        {"split": "group:by"},
+        "--split: the .* split has 1 row; at least 2 are needed",
+    ),
+    "groups": (
+        people().assign(by=list("abc") * 20),
+        {"split": "group:by", "folds": 5},
+        "--folds: 5 folds need as many groups; there are 3",
+    ),
+    "class": (people(), {"folds": 21}, "--folds: 21 folds need as many rows in the rarest class; there are 20"),
+}
+
+
+@pytest.mark.parametrize(("frame", "options", "message"), BAD_SPLITS.values(), ids=BAD_SPLITS)
+def test_splits_that_cannot_be_made_name_the_option(frame, options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(write(frame, tmp_path), "left", **options)
 
 
 BAD_TABLES = [

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def test_a_threshold_for_few_positives_is_below_one_half():
     probability = np.clip(0.05 + 0.2 * positive + rng.normal(0, 0.05, 2000), 0, 1)
     threshold = judging.choose_threshold(probability, positive)
     assert 0.1 < threshold < 0.3
+
+
+def test_a_validation_split_without_positives_chooses_no_threshold():
+    data = load_data(Source(dataset="breast_cancer"))
+    data = replace(data, val=replace(data.val, y=torch.zeros_like(data.val.y)))
+    outputs = torch.randn(len(data.test), 2), torch.randn(len(data.val), 2)
+    assert "threshold" not in judging.judge(*outputs, data, None)
+    assert "threshold" in judging.judge(*outputs, data, "benign")
 
 
 @pytest.mark.parametrize("dataset", ["iris", "linnerud", "diabetes"])

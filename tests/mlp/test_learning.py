@@ -117,6 +117,15 @@ def test_balanced_sampling_sees_each_class_equally_often():
     assert drawn.float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
+def test_balanced_sampling_knows_no_largest_table():
+    # float32 cannot add up more rows, and torch.multinomial takes no more.
+    y = torch.zeros(2**24 + 1, dtype=torch.uint8)
+    y[7], y[-1] = 1, 3
+    order = balanced_order(y, torch.Generator().manual_seed(0))
+    for rare in (7, len(y) - 1):
+        assert (order == rare).float().mean().item() == pytest.approx(1 / 3, abs=1e-3)
+
+
 AUGMENTED = {
     "mixup": ["--dataset", "wine", "--mixup", "0.4", "--class-weights", "balanced", "--accumulate", "2"],
     "mixup, bce": ["--dataset", "breast_cancer", "--mixup", "0.4", "--loss", "bce"],
