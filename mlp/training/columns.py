@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
+from .errors import InputError, shown
+
 # A column of text with more distinct values than this share of its rows names the rows.
 NEAR_UNIQUE = 0.9
 # Fewer rows say nothing about uniqueness.
@@ -20,6 +22,25 @@ DATE_PARTS = ("year", "month", "day of week", "days")
 def is_numeric(column: Series) -> bool:
     """Whether a column holds numbers, no booleans."""
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def check_finite(column: Series, option: str) -> None:
+    """Check that the numbers of a column are finite in float32.
+
+    Args:
+        column: The column. Its index numbers the rows from 0.
+        option: Name of the option that gives the table, for the error message.
+
+    Raises:
+        InputError: If they are not. The message names the first such cell; rows are counted from 1.
+    """
+    values = column.to_numpy(float)
+    wrong = np.flatnonzero(abs(values) > np.finfo(np.float32).max)
+    if len(wrong):
+        raise InputError(
+            f"argument {option}: column {shown(column.name)} has infinity or a number too large for float32 in row "
+            f"{column.index[wrong[0]] + 1}: {values[wrong[0]]:g}"
+        )
 
 
 def is_date(column: Series) -> bool:

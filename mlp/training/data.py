@@ -17,7 +17,7 @@ from pandas import DataFrame
 from sklearn import datasets
 from torch import Tensor
 
-from .columns import is_numeric, useless
+from .columns import check_finite, is_numeric, useless
 from .errors import InputError
 from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
 from .reading import read_table
@@ -108,7 +108,8 @@ class Data:
         preprocessing: How columns become inputs.
         dropped: Number of rows that were left out because their target is missing.
         notes: What a user should know of the columns and the split, in words.
-        test_rows: The columns of the test split as they were read, with the targets.
+        test_rows: The columns of the test split as they were read, with the targets. The index numbers the rows of the
+            table from 0.
     """
 
     name: str
@@ -168,7 +169,7 @@ def load_data(source: Source, fold: int = 0) -> Data:
     frame, target_columns = _read(source)
     kind, by = parse_split(source.split, [str(name) for name in frame.columns])
     present = frame[target_columns].notna().all(axis=1)
-    frame, dropped = frame[present].reset_index(drop=True), int((~present).sum())
+    frame, dropped = frame[present], int((~present).sum())
     notes = []
     if by is not None:
         frame, notes = _without_gaps(frame, kind, by)
@@ -189,6 +190,7 @@ def load_data(source: Source, fold: int = 0) -> Data:
         features.iloc[rows.train], source.scaling, source.max_categories, source.many_categories
     )
     x = preprocessing.transform(features)
+    preprocessing.check_rows(x, features, "--csv")
     notes += [*left_out, *_unseen_classes(described, y[rows.train])]
     if duplicates := count_duplicates(features, rows):
         notes.append(f"{counted(duplicates)} of the validation and test splits have the inputs of a training row")
@@ -201,7 +203,7 @@ def load_data(source: Source, fold: int = 0) -> Data:
         preprocessing=preprocessing,
         dropped=dropped,
         notes=notes,
-        test_rows=frame.iloc[rows.test].reset_index(drop=True),
+        test_rows=frame.iloc[rows.test],
     )
 
 
@@ -215,7 +217,7 @@ def _without_gaps(frame: DataFrame, kind: str, by: str) -> tuple[DataFrame, list
         return frame, []
     if kind == "group":
         return frame, [f"{counted(rows)} without a value in column {by!r}: they stay together, as one group"]
-    return frame[~missing].reset_index(drop=True), [f"left out {counted(rows)} without a time in column {by!r}"]
+    return frame[~missing], [f"left out {counted(rows)} without a time in column {by!r}"]
 
 
 def _rows_of(source: Source, kind: str, of: Any, stratify: np.ndarray | None, rows: int, fold: int) -> Rows:
@@ -273,7 +275,8 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
         if "target_names" in bunch and targets.shape[1] == 1:
             targets = targets.map(dict(enumerate(bunch.target_names)).get)
         return pd.concat([bunch.data, targets], axis=1), [str(name) for name in targets.columns]
-    frame = read_table(source.csv, source.sep, source.encoding, source.decimal)
+    # The index numbers the rows for messages, also when some have been left out.
+    frame = read_table(source.csv, source.sep, source.encoding, source.decimal).reset_index(drop=True)
     path, targets = source.csv, list(source.target)
     for target in targets:
         if targets.count(target) > 1:
@@ -286,10 +289,8 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
         if frame[target].isna().all():
             raise InputError(f"argument --target: column {target!r} of {path} has no values")
     for column in frame.columns:
-        if is_numeric(frame[column]) and frame[column].abs().max() > np.finfo(np.float32).max:
-            raise InputError(
-                f"argument --csv: column {column!r} of {path} contains infinity or a number too large for float32"
-            )
+        if column not in source.drop and is_numeric(frame[column]):
+            check_finite(frame[column], "--csv")
     return frame, targets
 
 

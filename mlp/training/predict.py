@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, Series
+from pandas.api.types import is_bool_dtype
 from rich.table import Table
 from torch import Tensor, nn
 
 from .checkpoint import atomic_write, load_checkpoint
-from .errors import InputError
+from .columns import check_finite, is_numeric
+from .errors import InputError, shown
 from .head import Head
 from .net import head_of, make_model
 from .options import saved_options
@@ -68,7 +71,8 @@ class Run:
         """The net's outputs (rows, outputs) on the CPU; see `Head`.
 
         Raises:
-            InputError: If a column is missing, or holds text instead of numbers.
+            InputError: If a column is missing, or holds text instead of numbers, or numbers that float32 cannot
+                compute with. The message names the row, counted from 1.
         """
         if missing := [name for name in self.columns if name not in frame.columns]:
             raise InputError(
@@ -76,8 +80,12 @@ class Run:
             )
         if not len(frame):
             raise InputError("argument --predict: the table has no rows")
-        x = self.preprocessing.transform(_with_numbers(frame, self.preprocessing))
-        return predict(self.model, x.to(self.device)).cpu()
+        frame = _with_numbers(frame.reset_index(drop=True), self.preprocessing)
+        x = self.preprocessing.transform(frame)
+        self.preprocessing.check_rows(x, frame, "--predict")
+        found = predict(self.model, x.to(self.device)).cpu()
+        self.preprocessing.check_rows(found, frame, "--predict")
+        return found
 
     def predict(self, frame: DataFrame, calibrated: bool = False) -> DataFrame:
         """Predict.
@@ -92,7 +100,7 @@ class Run:
             Regression: the targets in their own units, and their quantiles if the net was trained for them.
 
         Raises:
-            InputError: If a column is missing, or holds text instead of numbers, or the run has no temperature.
+            InputError: As `outputs`; also if the run has no temperature.
         """
         temperature = self.temperature if calibrated else 1.0
         if temperature is None:
@@ -151,12 +159,22 @@ def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:
     for column in preprocessing.columns:
         values = frame[column.name]
         if column.kind == "number":
-            try:
-                values = pd.to_numeric(values)
-            except (ValueError, TypeError) as error:
-                raise InputError(f"argument --predict: column {column.name!r} must hold numbers: {error}") from None
+            values = _as_numbers(values)
+            check_finite(values, "--predict")
         found[column.name] = values
     return DataFrame(found, index=frame.index)
+
+
+def _as_numbers(column: Series) -> Series:
+    if is_numeric(column) or is_bool_dtype(column):
+        return column
+    numbers = pd.to_numeric(column.astype("object").where(column.notna(), None), errors="coerce")
+    if len(wrong := np.flatnonzero(numbers.isna() & column.notna())):
+        cell = shown(column.iloc[wrong[0]])
+        raise InputError(
+            f"argument --predict: column {shown(column.name)} must hold numbers, but row {wrong[0] + 1} has {cell}"
+        )
+    return numbers
 
 
 def write_predictions(found: DataFrame, path: Path) -> None:

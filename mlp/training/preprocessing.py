@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from .columns import as_dates, date_parts, is_date, is_numeric
+from .errors import InputError, shown
 
 Scaling = Literal["standard", "center", "whiten", "none"]
 Many = Literal["group", "embed"]
@@ -91,6 +92,7 @@ class Preprocessing:
 
         Returns:
             float32 (rows, in_features): the numbers, the categories, and last the numbers of embedded categories.
+            Numbers too far from those of the training split for float32 are infinite.
         """
         numbers = (_numbers(frame, self.columns) - self.mean) / self.scale
         if self.rotation:
@@ -100,6 +102,30 @@ class Preprocessing:
         for kind in ("category", "embedded"):
             parts += [_encode(frame[column.name], column) for column in self.columns if column.kind == kind]
         return torch.from_numpy(np.concatenate(parts, axis=1)).float()
+
+    def check_rows(self, values: Tensor, frame: DataFrame, option: str) -> None:
+        """Check that no row has numbers so far from those of the training split that float32 cannot compute with them.
+
+        Args:
+            values: Inputs or outputs of the net for these rows (rows, features).
+            frame: The rows. Its index numbers them from 0.
+            option: Name of the option that gives the table, for the error message.
+
+        Raises:
+            InputError: If values of a row are not finite. The message names its farthest number.
+        """
+        wrong = (~values.isfinite().all(1)).nonzero()
+        if not len(wrong):
+            return
+        row = frame.iloc[wrong[0].tolist()]
+        numbers = _numbers(row, self.columns)[0]
+        # A column has a median for each of its numbers.
+        names = [column.name for column in self.columns for _ in column.median]
+        place = int(abs((numbers - self.mean) / self.scale).argmax())
+        raise InputError(
+            f"argument {option}: column {shown(names[place])} has {numbers[place]:g} in row {row.index[0] + 1}, too "
+            "far from the training rows for float32"
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The figures as plain data."""

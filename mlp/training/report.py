@@ -111,10 +111,14 @@ def write_report(training: Training) -> Report:
 
     Returns:
         What was found.
+
+    Raises:
+        InputError: If a row of the test split has numbers that float32 cannot compute with.
     """
     folder, data, options = training.folder, training.data, training.options
     best_epoch = load_best(folder, training.model)
     raw, val_raw = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
+    data.preprocessing.check_rows(raw, data.test_rows, "--csv")
     output, val_output = training.head.decode(raw), training.head.decode(val_raw)
     test = evaluate(output, data, data.test)
     judged = judge(output, val_output, data, options.positive)

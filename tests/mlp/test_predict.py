@@ -102,7 +102,20 @@ def test_unknown_and_missing_values_are_allowed(run):
 
 BAD = {
     "column": (messy().drop(columns=["age", "town"]), "the table lacks columns 'age', 'town'; the net reads"),
-    "text": (messy().assign(age="old"), "column 'age' must hold numbers"),
+    "text": (
+        messy().assign(age=[*map(str, range(41)), *["old"] * 159]),
+        "column 'age' must hold numbers, but row 42 has 'old'",
+    ),
+    "date": (
+        messy().assign(age=pd.Timestamp("2024-01-01")),
+        "column 'age' must hold numbers, but row 1 has Timestamp",
+    ),
+    "infinity": (
+        messy().assign(age=[41.0, -np.inf] * 100),
+        "column 'age' has infinity or a number too large for float32 in row 2: -inf",
+    ),
+    "large": (messy().assign(age=[41.0, 1.0, 1e60, 2.0] * 50), "column 'age' has .* too large for float32 in row 3"),
+    "large text": (messy().assign(age=["1", "1" + "0" * 60] * 100), "column 'age' has .* in row 2: 1e\\+60"),
     "no rows": (messy().head(0), "the table has no rows"),
 }
 

@@ -159,6 +159,18 @@ def test_scaling(scaling):
 
 
 @pytest.mark.parametrize("scaling", ["standard", "whiten"])
+def test_numbers_too_far_from_the_training_rows_are_named(scaling):
+    rng = np.random.default_rng(0)
+    seen = DataFrame(
+        {"a": rng.normal(size=50), "day": pd.date_range("2024-01-01", periods=50), "b": rng.normal(size=50)}
+    )
+    preprocessing = fit_preprocessing(seen.assign(b=1e-6 * seen["b"]), scaling, 10, "group")
+    new = seen.assign(b=np.where(seen.index == 3, 1e36, 0)).iloc[2:]
+    with pytest.raises(InputError, match=r"--csv: column 'b' has 1e\+36 in row 4, too far from the training rows"):
+        preprocessing.check_rows(preprocessing.transform(new), new, "--csv")
+
+
+@pytest.mark.parametrize("scaling", ["standard", "whiten"])
 def test_a_part_of_the_rows_becomes_the_same_bits(scaling):
     frame = cities().assign(z=lambda f: f["x"] ** 2, d="2024-05-06")
     preprocessing = fit_preprocessing(frame, scaling, 8, "group")
