@@ -24,6 +24,11 @@ def is_numeric(column: Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
+def is_nested(column: Series) -> bool:
+    """Whether a column holds lists or structs, as those of Parquet files may."""
+    return column.dtype == object and any(isinstance(each, (list, tuple, dict, set, np.ndarray)) for each in column)
+
+
 def check_finite(column: Series, option: str) -> None:
     """Check that the numbers of a column are finite in float32.
 

@@ -17,7 +17,7 @@ from pandas import DataFrame
 from sklearn import datasets
 from torch import Tensor
 
-from .columns import check_finite, is_numeric, useless
+from .columns import check_finite, is_nested, is_numeric, useless
 from .errors import InputError
 from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
 from .reading import read_table
@@ -209,6 +209,8 @@ def load_data(source: Source, fold: int = 0) -> Data:
 
 def _without_gaps(frame: DataFrame, kind: str, by: str) -> tuple[DataFrame, list[str]]:
     """Leave out rows that a split by time cannot place. Say so, or that rows without a group are one group."""
+    if is_nested(frame[by]):
+        raise InputError(f"argument --split: column {by!r} holds lists or structs")
     missing = frame[by].isna()
     if kind == "time" and missing.all():
         raise InputError(f"argument --split: column {by!r} has no dates or numbers")
@@ -258,8 +260,14 @@ def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | N
     # Groups of new rows are not those of the training rows.
     groups = [by] if by in names and source.split.startswith("group") and by not in source.keep else []
     features = features.drop(columns=list({*source.drop, *groups}))
+    notes = []
+    for name in [name for name in features if is_nested(features[name])]:
+        if name in source.keep:
+            raise InputError(f"argument --keep: column {name!r} holds lists or structs, which cannot be inputs")
+        notes.append(f"left out column {name!r}, which holds lists or structs")
+        features = features.drop(columns=name)
     reasons = useless(features, targets, source.keep) if source.csv is not None else {}
-    notes = [f"left out column {name!r}, which {reason} (--keep keeps it)" for name, reason in reasons.items()]
+    notes += [f"left out column {name!r}, which {reason} (--keep keeps it)" for name, reason in reasons.items()]
     features = features.drop(columns=list(reasons))
     if features.shape[1] == 0:
         why = f": {'; '.join(notes)}" if notes else ""
@@ -288,6 +296,8 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
     for target in targets:
         if frame[target].isna().all():
             raise InputError(f"argument --target: column {target!r} of {path} has no values")
+        if is_nested(frame[target]):
+            raise InputError(f"argument --target: column {target!r} of {path} holds lists or structs")
     for column in frame.columns:
         if column not in source.drop and is_numeric(frame[column]):
             check_finite(frame[column], "--csv")

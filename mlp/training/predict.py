@@ -1,6 +1,7 @@
 """Predict on new rows with the best weights of a run."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ class Run:
             calibrated: Whether probabilities are those with the run's temperature.
 
         Returns:
-            A row for each row, with its number from 1. Classification: the class, and the probability of every class.
-            Regression: the targets in their own units, and their quantiles if the net was trained for them.
+            A row for each row. Its first column is the number of the row from 1. Classification: the class, and the
+            probability of every class. Regression: the targets in their own units, and their quantiles if the net was
+            trained for them. Columns of targets have their names; one of ours that is like them gets underscores.
 
         Raises:
             InputError: As `outputs`; also if the run has no temperature.
@@ -108,19 +110,31 @@ class Run:
         raw, targets = self.outputs(frame), self.targets
         output = self.head.decode(raw)
         if targets.task == "regression":
-            found = DataFrame(targets.in_own_units(output), columns=targets.labels)
+            names, values = targets.labels, targets.in_own_units(output).T
+            further: dict[str, Any] = {}
             if self.head.loss == "pinball":
-                for quantile, values in zip(self.head.quantiles, self.head.by_quantile(raw).unbind(2), strict=True):
+                for quantile, of_quantile in zip(
+                    self.head.quantiles, self.head.by_quantile(raw).unbind(2), strict=True
+                ):
                     columns = [f"{label} (quantile {quantile:g})" for label in targets.labels]
-                    found[columns] = targets.in_own_units(values)
+                    further |= zip(columns, targets.in_own_units(of_quantile).T, strict=True)
         else:
             probabilities = (output.double() / temperature).softmax(1)
+            names = targets.columns if len(targets.columns) == 1 else ["class"]
+            values = [[targets.labels[i] for i in probabilities.argmax(1).tolist()]]
             columns = [f"p({label})" for label in targets.labels]
-            found = DataFrame(probabilities.numpy(), columns=columns)
-            name = targets.columns[0] if len(targets.columns) == 1 else "class"
-            found.insert(0, name, [targets.labels[i] for i in probabilities.argmax(1).tolist()])
-        found.insert(0, "row", range(1, len(found) + 1))
-        return found
+            further = dict(zip(columns, probabilities.numpy().T, strict=True))
+        found = {_unlike("row", names): range(1, len(raw) + 1), **dict(zip(names, values, strict=True))}
+        for name, column in further.items():
+            found[_unlike(name, found)] = column
+        return DataFrame(found)
+
+
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """The name, with as many underscores as make it differ from others."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -183,27 +197,30 @@ def write_predictions(found: DataFrame, path: Path) -> None:
         found.to_csv(file, index=False)
 
 
-def predictions_table(found: DataFrame, truth: Any, title: str) -> Table:
+def predictions_table(found: DataFrame, targets: Targets, truth: Any, title: str) -> Table:
     """Format the first rows of predictions for the console.
 
     Args:
         found: Predictions of `Run.predict`.
+        targets: What they are of.
         truth: The true targets of these rows as a table, or None.
         title: Title of the table.
     """
     table = Table(title=title, title_justify="left")
     shown = found.head(SHOWN_ROWS)
-    probabilities = [name for name in shown if name.startswith("p(")]
-    names = [name for name in shown if name not in probabilities]
+    # Of classes, the columns are the row, the class and probabilities.
+    count = 2 if targets.task == "classification" else shown.shape[1]
+    (row_number, *names), probabilities = list(shown)[:count], list(shown)[count:]
+    table.add_column(row_number, justify="right")
     for name in names:
-        table.add_column(name if name == "row" else f"predicted {name}", justify="right")
+        table.add_column(f"predicted {name}", justify="right")
     if probabilities:
         table.add_column("probability", justify="right")
     for name in truth if truth is not None else ():
         table.add_column(f"true {name}", justify="right")
     for position, row in enumerate(shown.itertuples(index=False)):
         values = dict(zip(shown.columns, row, strict=True))
-        cells = [_cell(values[name]) for name in names]
+        cells = [_cell(values[name]) for name in (row_number, *names)]
         if probabilities:
             cells.append(f"{max(values[name] for name in probabilities):.3f}")
         if truth is not None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pandas import DataFrame, Series
+from pandas.api.types import is_float_dtype
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -185,7 +186,7 @@ def _describe(column: Series, max_categories: int, many: Many) -> Column:
 
 def as_text(column: Series) -> Series:
     """Categories as text; a missing one is MISSING. Whole numbers have no decimal point."""
-    if is_numeric(column) and (column.dropna() % 1 == 0).all():
+    if is_float_dtype(column) and ((column.dropna() % 1 == 0) & (column.dropna().abs() < 2**63)).all():
         column = column.astype("Int64")
     return column.map(str, na_action="ignore").astype("object").where(column.notna(), MISSING)
 

@@ -200,12 +200,13 @@ def metrics_table(report: Report, title: str) -> Table:
 def classes_table(report: Report, most: int = 20) -> Table | None:
     """Format precision, recall and F1 of each class; None for regression or more than `most` classes."""
     classes = report.judged.get("classes", {})
-    if not 0 < len(classes) <= most + 2:
+    if not 0 < len(classes) <= most:
         return None
+    averages = {f"{name} average": row for name, row in report.judged["averages"].items()}
     table = Table("class")
     for name in ("precision", "recall", "F1", "rows"):
         table.add_column(name, justify="right")
-    for name, row in classes.items():
+    for name, row in (*classes.items(), *averages.items()):
         table.add_row(name, *(_figure(row[each]) for each in ("precision", "recall", "F1")), str(row["rows"]))
     return table
 

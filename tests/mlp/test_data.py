@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fusemlp.mlp.training import data as data_module
 from fusemlp.mlp.training.data import DATASETS, Source, load_data
 from fusemlp.mlp.training.errors import InputError
 from fusemlp.mlp.training.head import make_head
@@ -160,6 +161,33 @@ def test_a_class_that_no_training_row_has_is_said(tmp_path):
     assert "the net cannot learn what no training row has: class 'c'" in data.notes
     loss = make_loss(make_head(data.targets, "cross_entropy", []), data, 0.0, "balanced")
     assert [loss.count(torch.tensor([label])).item() for label in range(3)] == pytest.approx([0.9, 1.125, 1])
+
+
+def read_as(frame, monkeypatch):
+    """Let the next table be this one, as a Parquet file would give it."""
+    monkeypatch.setattr(data_module, "read_table", lambda *_: frame)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean", "string"])
+def test_a_nullable_column_without_values_is_left_out(dtype, monkeypatch):
+    read_as(people().assign(empty=pd.array([None] * 60, dtype=dtype)), monkeypatch)
+    assert "left out column 'empty', which is empty (--keep keeps it)" in load("t.parquet", "left").notes
+    assert load("t.parquet", "left", keep=["empty"]).train.x.isfinite().all()
+
+
+NESTED = {"list": [1, 2], "array": np.arange(2), "struct": {"a": 1}}
+
+
+@pytest.mark.parametrize("value", NESTED.values(), ids=NESTED)
+def test_columns_of_lists_and_structs_are_left_out_or_refused_by_name(value, monkeypatch):
+    read_as(people().assign(nested=[None, *[value] * 59]), monkeypatch)
+    data = load("t.parquet", "left")
+    assert "left out column 'nested', which holds lists or structs" in data.notes
+    for option, given in {"keep": ["nested"], "split": "group:nested"}.items():
+        with pytest.raises(InputError, match=f"--{option}: column 'nested' holds lists or structs"):
+            load("t.parquet", "left", **{option: given})
+    with pytest.raises(InputError, match=r"--target: column 'nested' of t\.parquet holds lists or structs"):
+        load("t.parquet", "nested")
 
 
 BAD_SPLITS = {

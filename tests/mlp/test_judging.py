@@ -55,8 +55,10 @@ def test_the_temperature_undoes_a_scale_of_the_logits(factor):
 
 def test_classes_by_hand():
     found = judging.describe_classes(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ["a", "b"])
-    assert found["b"] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "F1": pytest.approx(0.8), "rows": 2}
-    assert found["macro average"]["recall"] == 0.75
+    expected = {"precision": pytest.approx(2 / 3), "recall": 1.0, "F1": pytest.approx(0.8), "rows": 2}
+    assert found["classes"]["b"] == expected
+    assert found["averages"]["macro"]["recall"] == 0.75
+    assert [each["rows"] for each in found["averages"].values()] == [4, 4]
 
 
 def test_the_interval_of_an_accuracy_is_wilsons():
@@ -99,7 +101,8 @@ def test_a_run_is_judged(run):
     assert set(found["baselines"]) == {"majority", "logistic regression", "gradient boosting"}
     assert found["baselines"]["logistic regression"]["accuracy"] > found["baselines"]["majority"]["accuracy"]
     assert found["threshold"]["positive"] == "malignant"
-    assert set(found["classes"]) == {"malignant", "benign", "macro average", "weighted average"}
+    assert set(found["classes"]) == {"malignant", "benign"}
+    assert set(found["averages"]) == {"macro", "weighted"}
     low, high = found["intervals"]["accuracy"]
     assert low < found["test"]["accuracy"] < high
     assert found["calibration"]["before"]["bins"][0]["rows"] > 0

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from fusemlp.mlp.training.columns import as_dates, is_date, useless
 from fusemlp.mlp.training.errors import InputError
-from fusemlp.mlp.training.preprocessing import OTHER, Preprocessing, fit_preprocessing
+from fusemlp.mlp.training.preprocessing import OTHER, Preprocessing, as_text, fit_preprocessing
 from fusemlp.mlp.training.reading import read_table
 from fusemlp.mlp.training.splitting import count_duplicates, fold_rows, split_rows
 from pandas import DataFrame, Series
@@ -183,6 +183,19 @@ def test_whole_numbers_that_become_categories_are_told_without_a_point():
     seen = DataFrame({"code": Series(["1", "2", "x"])})
     preprocessing = fit_preprocessing(seen, "standard", 10, "group")
     assert preprocessing.transform(DataFrame({"code": [1.0, np.nan]}))[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (Series([1e30, 2.0]), ["1e+30", "2.0"]),
+        (Series([2**64 - 1, 2], dtype="uint64"), ["18446744073709551615", "2"]),
+        (Series([None, None], dtype="Int64"), ["missing", "missing"]),
+    ],
+    ids=["floats", "unsigned", "nullable"],
+)
+def test_numbers_of_any_size_and_kind_can_be_categories(values, expected):
+    assert as_text(values).tolist() == expected
 
 
 def test_a_split_by_time_tests_on_the_latest_rows():
