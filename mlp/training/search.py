@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from matplotlib.figure import Figure
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from sqlalchemy import URL
 
 from .checkpoint import atomic_write
 from .data import Data
@@ -117,7 +118,8 @@ def _options_of(study: optuna.Study, options: Options) -> Options:
 
 
 def _open_study(options: Options, data: Data) -> optuna.Study:
-    storage = None if options.storage is None else f"sqlite:///{options.storage}"
+    # A file's name may have characters that mean something in an address.
+    storage = options.storage and URL.create("sqlite", database=options.storage).render_as_string()
     try:
         study = optuna.create_study(
             storage=storage,

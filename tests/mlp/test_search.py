@@ -40,11 +40,12 @@ def test_the_winner_of_a_search_can_go_on_for_longer(tmp_path):
 
 
 def test_a_search_goes_on_from_its_storage_with_other_trials(tmp_path):
-    storage = ["--storage", str(tmp_path / "trials.db"), "--sampler", "random", "--overwrite"]
+    storage = ["--storage", str(tmp_path / "100%20?[b].db"), "--sampler", "random", "--overwrite"]
     for count in (1, 2):
         assert main([*SMALL, "--search", str(count), *storage, "--out", str(tmp_path / "run")]) == 0
         trials = pd.read_csv(tmp_path / "run" / "trials.csv")
         assert len(trials) == trials["params_lr"].nunique() == count
+    assert (tmp_path / "100%20?[b].db").exists()
 
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
