@@ -29,6 +29,24 @@ def is_nested(column: Series) -> bool:
     return column.dtype == object and any(isinstance(each, (list, tuple, dict, set, np.ndarray)) for each in column)
 
 
+def to_numbers(column: Series) -> Series:
+    """A column as numbers. What is no number becomes NaN, and a date is none."""
+    return pd.to_numeric(column.astype("object").where(column.notna(), None), errors="coerce")
+
+
+def no_number(column: Series) -> str:
+    """A cell of a column of other things than numbers, with its row, for messages: the first that is no number.
+
+    The index of the column numbers the rows from 0.
+    """
+    wrong = np.flatnonzero(to_numbers(column).isna() & column.notna())
+    return _cell(column, wrong[0] if len(wrong) else 0)
+
+
+def _cell(column: Series, place: int) -> str:
+    return f"{shown(column.iloc[place])} in row {column.index[place] + 1}"
+
+
 def check_finite(column: Series, option: str) -> None:
     """Check that the numbers of a column are finite in float32.
 
@@ -56,6 +74,14 @@ def is_date(column: Series) -> bool:
         return False
     texts = column.dropna().astype(str)
     return len(texts) > 0 and bool(texts.str.match(DATE).all()) and as_dates(texts).notna().all()
+
+
+def no_date(column: Series) -> str:
+    """As `no_number`, of a column of other things than dates: the first cell that is no date."""
+    wrong = np.flatnonzero(column.notna() & ~column.astype(str).str.match(DATE))
+    if not len(wrong):
+        wrong = np.flatnonzero(column.notna() & as_dates(column).isna())
+    return _cell(column, wrong[0])
 
 
 def as_dates(column: Series) -> Series:

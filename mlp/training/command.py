@@ -15,7 +15,7 @@ from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
 from .console import console
 from .data import Data, load_data
-from .errors import CannotWrite, Diverged, InputError, Interrupted
+from .errors import CannotWrite, Diverged, InputError, Interrupted, listed
 from .judging import positive_class
 from .lr_finder import LR_PICTURE, LR_TABLE, find_rate, write_range_test
 from .net import make_model
@@ -181,7 +181,7 @@ def run_predict(options: Options) -> int:
     write_predictions(found, path)
     ignored = [name for name in frame.columns if name not in (*of_run.columns, *of_run.targets.columns)]
     if ignored:
-        console.print(f"ignored columns that the net does not read: {', '.join(map(str, ignored))}")
+        console.print(f"ignored columns that the net does not read: {listed(ignored)}")
     show_predictions(of_run, frame, "first rows", found)
     console.print(f"wrote {len(found)} predictions to {path}")
     return 0

@@ -18,7 +18,7 @@ from sklearn import datasets
 from torch import Tensor
 
 from .columns import check_finite, is_nested, is_numeric, useless
-from .errors import InputError
+from .errors import MOST_LISTED, InputError, listed, shown
 from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
 from .reading import read_table
 from .splitting import Rows, count_duplicates, fold_rows, parse_split, split_rows
@@ -246,7 +246,7 @@ def _unseen_classes(targets: Targets, y: Tensor) -> list[str]:
         only = targets.labels[seen.pop()]
         raise InputError(f"argument --split: every training row has class {only!r}; at least 2 classes are needed")
     unseen = [label for number, label in enumerate(targets.labels) if number not in seen]
-    return [f"the net cannot learn what no training row has: class {', '.join(map(repr, unseen))}"] if unseen else []
+    return [f"the net cannot learn what no training row has: class {listed(unseen)}"] if unseen else []
 
 
 def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | None) -> tuple[DataFrame, list[str]]:
@@ -255,8 +255,9 @@ def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | N
     for option, given in (("drop", source.drop), ("keep", source.keep)):
         for name in given:
             if name not in names:
-                listed = ", ".join(map(repr, names))
-                raise InputError(f"argument --{option}: the table has no column {name!r} among its inputs: {listed}")
+                raise InputError(
+                    f"argument --{option}: the table has no column {shown(name)} among its inputs: {listed(names)}"
+                )
     # Groups of new rows are not those of the training rows.
     groups = [by] if by in names and source.split.startswith("group") and by not in source.keep else []
     features = features.drop(columns=list({*source.drop, *groups}))
@@ -268,6 +269,8 @@ def _choose(features: DataFrame, targets: DataFrame, source: Source, by: str | N
         features = features.drop(columns=name)
     reasons = useless(features, targets, source.keep) if source.csv is not None else {}
     notes += [f"left out column {name!r}, which {reason} (--keep keeps it)" for name, reason in reasons.items()]
+    if len(notes) > MOST_LISTED:
+        notes[MOST_LISTED:] = [f"left out {len(notes) - MOST_LISTED} more columns"]
     features = features.drop(columns=list(reasons))
     if features.shape[1] == 0:
         why = f": {'; '.join(notes)}" if notes else ""
@@ -290,7 +293,7 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
         if targets.count(target) > 1:
             raise InputError(f"argument --target: column {target!r} is given {targets.count(target)} times")
         if target not in frame.columns:
-            raise InputError(f"argument --target: {path} has no column {target!r}; it has {_listed(frame.columns)}")
+            raise InputError(f"argument --target: {path} has no column {shown(target)}; it has {listed(frame.columns)}")
     if frame.empty:
         raise InputError(f"argument --csv: {path} has a header but no rows")
     for target in targets:
@@ -302,7 +305,3 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
         if column not in source.drop and is_numeric(frame[column]):
             check_finite(frame[column], "--csv")
     return frame, targets
-
-
-def _listed(columns: pd.Index) -> str:
-    return ", ".join(repr(str(column)) for column in columns)

@@ -1,5 +1,5 @@
 """What a finished run says of its test split beyond the metrics: classes, intervals, a threshold, calibration."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportOptionalMemberAccess=false
 # (scikit-learn and SciPy ship no type annotations that fit)
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .calibration import describe_calibration, fit_temperature
 from .data import Data
-from .errors import InputError
+from .errors import InputError, listed
 from .head import Head
 
 CONFIDENCE = 0.95
@@ -31,7 +31,7 @@ def positive_class(data: Data, given: str | None) -> int:
     if data.task != "classification" or len(data.labels) != 2:
         raise InputError(f"argument --positive: {given!r} needs a target of two classes")
     if given not in data.labels:
-        raise InputError(f"argument --positive: {given!r} is no class; the classes are {', '.join(data.labels)}")
+        raise InputError(f"argument --positive: {given!r} is no class; the classes are {listed(data.labels)}")
     return data.labels.index(given)
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from pandas import DataFrame, Series
 from pandas.api.types import is_bool_dtype
@@ -15,8 +13,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .checkpoint import atomic_write, load_checkpoint
-from .columns import check_finite, is_numeric
-from .errors import InputError, shown
+from .columns import check_finite, is_numeric, no_number, to_numbers
+from .errors import InputError, listed, shown
 from .head import Head
 from .net import head_of, make_model
 from .options import saved_options
@@ -171,7 +169,7 @@ def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:
     """The columns that are read, with numbers as numbers also where a file holds none of them."""
     found = {}
     for column in preprocessing.columns:
-        values = frame[column.name]
+        values: Any = frame[column.name]
         if column.kind == "number":
             values = _as_numbers(values)
             check_finite(values, "--predict")
@@ -182,11 +180,10 @@ def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:
 def _as_numbers(column: Series) -> Series:
     if is_numeric(column) or is_bool_dtype(column):
         return column
-    numbers = pd.to_numeric(column.astype("object").where(column.notna(), None), errors="coerce")
-    if len(wrong := np.flatnonzero(numbers.isna() & column.notna())):
-        cell = shown(column.iloc[wrong[0]])
+    numbers = to_numbers(column)
+    if (numbers.isna() & column.notna()).any():
         raise InputError(
-            f"argument --predict: column {shown(column.name)} must hold numbers, but row {wrong[0] + 1} has {cell}"
+            f"argument --predict: column {shown(column.name)} must hold numbers, but holds {no_number(column)}"
         )
     return numbers
 
@@ -234,5 +231,4 @@ def _cell(value: Any) -> str:
 
 
 def _columns(names: list[str]) -> str:
-    listed = ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return f"column {listed}" if len(names) == 1 else f"columns {listed}"
+    return f"column {listed(names)}" if len(names) == 1 else f"columns {listed(names)}"

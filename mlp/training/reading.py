@@ -17,6 +17,25 @@ SAMPLE_BYTES = 2**16
 ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")
 # Besides those that pandas knows.
 MISSING = ["?"]
+# What other files begin with.
+FORMATS = {
+    rb"PK\x03\x04": "a ZIP archive or an Excel workbook (.xlsx)",
+    rb"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
+    rb"PAR1.*PAR1\Z": "a Parquet file, whose name must end in .parquet",
+    rb"ARROW1|FEA1": "a Feather file",
+    rb"\x1f\x8b": "a gzip file (.gz)",
+    rb"BZh\d1AY&SY": "a bzip2 file (.bz2)",
+    rb"\xfd7zXZ\x00": "an xz file (.xz)",
+    rb"\x28\xb5\x2f\xfd": "a Zstandard file (.zst)",
+    rb"\x89HDF\r\n": "an HDF5 file",
+    rb"\x93NUMPY": "a NumPy file (.npy)",
+    rb"\x80[\x02-\x05]": "a pickle file",
+    rb"SQLite format 3\x00": "an SQLite database",
+    rb"%PDF-": "a PDF file",
+    rb"(\xef\xbb\xbf)?\s*[\[{]\s*[\[{\"]": "a JSON file",
+    rb"(\xef\xbb\xbf)?\s*<(\?xml|!doctype|html)": "an XML or HTML file",
+    rb"(\s*%[^\n]*\n)*\s*@relation\s": "an ARFF file",
+}
 # A whole number, with points between thousands or not, or a number with a decimal comma.
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 
@@ -47,6 +66,8 @@ def read_table(
         raise InputError(f"argument {option}: {path} cannot be read: {error.strerror}") from None
     if not raw.strip():
         raise InputError(f"argument {option}: {path} is empty")
+    if (found := find_format(raw)) is not None:
+        raise InputError(f"argument {option}: {path} cannot be read as a CSV file: it is {found}")
     encoding = encoding or find_encoding(raw)
     try:
         sep = sep or find_separator(raw[:SAMPLE_BYTES].decode(encoding, errors="ignore"))
@@ -76,6 +97,11 @@ def _parse(raw: bytes, sep: str, encoding: str) -> DataFrame:
         io.BytesIO(raw), sep=sep, encoding=encoding, low_memory=False, na_values=MISSING, skipinitialspace=True
     )
     return frame.rename(columns=str)
+
+
+def find_format(raw: bytes) -> str | None:
+    """What a file is by its contents, if it is one of FORMATS."""
+    return next((name for start, name in FORMATS.items() if re.match(start, raw, re.DOTALL | re.IGNORECASE)), None)
 
 
 def find_encoding(raw: bytes) -> str:

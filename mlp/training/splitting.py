@@ -10,8 +10,8 @@ import pandas as pd
 from pandas import DataFrame, Series
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, KFold, StratifiedKFold, train_test_split
 
-from .columns import as_dates, is_date, is_numeric
-from .errors import InputError
+from .columns import as_dates, is_date, is_numeric, no_date
+from .errors import InputError, listed, shown
 from .preprocessing import as_text
 
 
@@ -37,8 +37,7 @@ def parse_split(given: str, columns: list[str]) -> tuple[str, str | None]:
     if given != "random" and (kind not in ("time", "group") or not column):
         raise InputError(f"argument --split: {given!r}; allowed are random, time:COLUMN, group:COLUMN")
     if column and column not in columns:
-        listed = ", ".join(map(repr, columns))
-        raise InputError(f"argument --split: the table has no column {column!r}; it has {listed}")
+        raise InputError(f"argument --split: the table has no column {shown(column)}; it has {listed(columns)}")
     return kind, column or None
 
 
@@ -118,7 +117,9 @@ def _times(column: Series) -> np.ndarray:
     if is_numeric(column):
         return column.to_numpy(float)
     if not is_date(column):
-        raise InputError(f"argument --split: column {column.name!r} has no dates or numbers")
+        raise InputError(
+            f"argument --split: column {shown(column.name)} must hold dates or numbers, but holds {no_date(column)}"
+        )
     return as_dates(column).to_numpy()
 
 

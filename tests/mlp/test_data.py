@@ -217,6 +217,86 @@ def test_splits_that_cannot_be_made_name_the_option(frame, options, message, tmp
         load(write(frame, tmp_path), "left", **options)
 
 
+def with_cell(frame, column, cell):
+    """A table of which column and row 17 have another cell."""
+    return frame.assign(**{column: [cell if row == 16 else value for row, value in enumerate(frame[column])]})
+
+
+BAD_CELLS = {
+    "a value": (
+        with_cell(people(), "age", "12,5 ?"),
+        "age",
+        {"task": "regression"},
+        "'age' holds '12,5 \\?' in row 17",
+    ),
+    "after a gap": (
+        with_cell(people(), "age", "old").assign(age=lambda f: f["age"].where(f.index != 3)),
+        "age",
+        {"task": "regression"},
+        "--task: regression needs numbers, but column 'age' holds 'old' in row 17",
+    ),
+    "a probability": (
+        with_cell(opinions(), "y", "none"),
+        list("xyz"),
+        {"task": "classification"},
+        "column 'y' holds 'none' in row 17",
+    ),
+    "a sum": (
+        with_cell(opinions(), "y", 0.9),
+        list("xyz"),
+        {"task": "classification"},
+        "with sum 1, but row 17 has 0.2, 0.9, 0.2",
+    ),
+    "infinity": (with_cell(people(), "age", np.inf), "left", {}, "--csv: column 'age' has infinity .* in row 17: inf"),
+    "no date": (
+        with_cell(people().assign(day="2024-01-05"), "day", "soon"),
+        "left",
+        {"split": "time:day"},
+        "--split: column 'day' must hold dates or numbers, but holds 'soon' in row 17",
+    ),
+    "an impossible date": (
+        with_cell(people().assign(day="2024-01-05"), "day", "2024-13-41"),
+        "left",
+        {"split": "time:day"},
+        "--split: column 'day' must hold dates or numbers, but holds '2024-13-41' in row 17",
+    ),
+}
+
+
+@pytest.mark.parametrize(("frame", "target", "options", "message"), BAD_CELLS.values(), ids=BAD_CELLS)
+def test_a_bad_cell_is_named_with_its_row(frame, target, options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(write(frame, tmp_path), target, **options)
+
+
+LONG_LISTS = {
+    "target": {"target": "nothing"},
+    "drop": {"target": "left", "drop": ["nothing"]},
+    "split": {"target": "left", "split": "time:nothing"},
+}
+
+
+@pytest.mark.parametrize("options", LONG_LISTS.values(), ids=LONG_LISTS)
+def test_at_most_20_columns_are_named(options, monkeypatch):
+    read_as(people().join(pd.DataFrame(0, index=range(60), columns=[f"c{i}" for i in range(900)])), monkeypatch)
+    with pytest.raises(InputError, match=r"'age', 'town', .* and 88[34] more$") as refused:
+        load("t.parquet", **options)
+    assert len(str(refused.value)) < 400
+
+
+def test_at_most_20_columns_are_said_to_be_left_out(monkeypatch):
+    read_as(people().join(pd.DataFrame(0, index=range(60), columns=[f"c{i}" for i in range(900)])), monkeypatch)
+    notes = load("t.parquet", "left").notes
+    assert len(notes) == 21
+    assert notes[-1] == "left out 880 more columns"
+
+
+def test_a_long_name_is_shortened(tmp_path):
+    with pytest.raises(InputError) as refused:
+        load(write(people().rename(columns={"age": "a" * 5000}), tmp_path), "b" * 5000)
+    assert len(str(refused.value)) < 600
+
+
 BAD_TABLES = [
     pytest.param(people(), "lefd", "auto", "--target: .*no column 'lefd'; it has 'age', 'town'", id="no-target"),
     pytest.param(people().assign(left="x"), "left", "auto", "--target: every row has class 'x'", id="one-class"),
@@ -232,7 +312,7 @@ BAD_TABLES = [
     pytest.param(people()[:0], "left", "auto", "--csv: .*a header but no rows", id="no-rows"),
     pytest.param(people(), "town", "regression", "--task: regression needs numbers.*'town'", id="names-regression"),
     pytest.param(people(), ["age", "age"], "auto", "--target: column 'age' is given 2 times", id="twice"),
-    pytest.param(opinions(x=0.9), list("xyz"), "classification", "sum 1, but a row has 0.9, 0.2, 0.2", id="sum"),
+    pytest.param(opinions(x=0.9), list("xyz"), "classification", "sum 1, but row 1 has 0.9, 0.2, 0.2", id="sum"),
     pytest.param(opinions(x="a"), list("xyz"), "classification", "probabilities.*column 'x' holds 'a'", id="text"),
     pytest.param(people(8), "age", "regression", "--csv: only 8 rows with a target; .* at least 10", id="few-rows"),
 ]

@@ -104,11 +104,11 @@ BAD = {
     "column": (messy().drop(columns=["age", "town"]), "the table lacks columns 'age', 'town'; the net reads"),
     "text": (
         messy().assign(age=[*map(str, range(41)), *["old"] * 159]),
-        "column 'age' must hold numbers, but row 42 has 'old'",
+        "column 'age' must hold numbers, but holds 'old' in row 42",
     ),
     "date": (
         messy().assign(age=pd.Timestamp("2024-01-01")),
-        "column 'age' must hold numbers, but row 1 has Timestamp",
+        "column 'age' must hold numbers, but holds Timestamp",
     ),
     "infinity": (
         messy().assign(age=[41.0, -np.inf] * 100),
@@ -130,7 +130,7 @@ def test_the_command_writes_predictions_and_shows_the_first(run, tmp_path, capsy
     messy().tail(20).assign(more=1).to_csv(tmp_path / "new.csv", index=False, sep=";", decimal=",")
     assert main(["--predict", str(tmp_path / "new.csv"), "--out", str(run), "--to", str(tmp_path / "found.csv")]) == 0
     printed = capsys.readouterr().out
-    assert "ignored columns that the net does not read: id, more" in printed
+    assert "ignored columns that the net does not read: 'id', 'more'" in printed
     assert "true left" in printed
     expected = load_run(run).predict(messy().tail(20))
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "found.csv"), expected)

@@ -1,5 +1,9 @@
 """Tables as they come: separators, encodings, decimal signs, and what becomes of their columns."""
 
+import bz2
+import gzip
+import lzma
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -57,6 +61,35 @@ def test_an_unknown_encoding_is_one_line(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"--csv: .* unknown encoding: magic"):
         read_table(str(path), encoding="magic")
+
+
+FOREIGN = {
+    "gzip": (gzip.compress(b"a,b\n1,2\n"), "a gzip file"),
+    "bzip2": (bz2.compress(b"a,b\n1,2\n"), "a bzip2 file"),
+    "xz": (lzma.compress(b"a,b\n1,2\n"), "an xz file"),
+    "workbook": (b"PK\x03\x04\x14\x00\x06\x00", r"an Excel workbook \(.xlsx\)"),
+    "Parquet": (b"PAR1\x15\x04\nPAR1", "a Parquet file, whose name must end in .parquet"),
+    "JSON": (b'\xef\xbb\xbf[\n  {"a": 1}\n]', "a JSON file"),
+    "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "a JSON file"),
+    "HTML": (b"\n<!DOCTYPE html><html>Please log in</html>", "an XML or HTML file"),
+    "ARFF": (b"% remarks\n@RELATION iris\n@data\n1,2\n", "an ARFF file"),
+    "NumPy": (b"\x93NUMPY\x01\x00", "a NumPy file"),
+}
+
+
+@pytest.mark.parametrize(("raw", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_the_format_of_a_file_that_is_no_csv_is_said(raw, message, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=f"--csv: .* cannot be read as a CSV file: it is .*{message}"):
+        read_table(str(path))
+
+
+@pytest.mark.parametrize("header", ["PAR1", "[a]", "<a>", "%", "{x}"])
+def test_headers_that_look_like_another_format(header, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{header},b\n1,2\n")
+    assert list(read_table(str(path))) == [header, "b"]
 
 
 ROWS = 40
