@@ -24,6 +24,22 @@ def is_numeric(column: Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
+def stripped(column: Series) -> Series:
+    """A column with its texts without spaces around them; what then is empty is missing. Others stay as they are."""
+    if not pd.api.types.is_object_dtype(column) and not pd.api.types.is_string_dtype(column):
+        return column
+    texts = column.map(lambda cell: cell.strip() if isinstance(cell, str) else cell)
+    return texts.where(texts.map(lambda cell: not isinstance(cell, str) or cell != ""), None)
+
+
+def without_points(column: Series) -> Series:
+    """Whole numbers in floating point, as missing cells make them, as whole numbers. Others stay as they are."""
+    if not pd.api.types.is_float_dtype(column):
+        return column
+    present = column.dropna()
+    return column.astype("Int64") if ((present % 1 == 0) & (present.abs() < 2**63)).all() else column
+
+
 def is_nested(column: Series) -> bool:
     """Whether a column holds lists or structs, as those of Parquet files may."""
     return column.dtype == object and any(isinstance(each, (list, tuple, dict, set, np.ndarray)) for each in column)

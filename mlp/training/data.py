@@ -17,10 +17,10 @@ from pandas import DataFrame
 from sklearn import datasets
 from torch import Tensor
 
-from .columns import check_finite, is_nested, is_numeric, useless
+from .columns import check_finite, is_nested, is_numeric, stripped, useless
 from .errors import MOST_LISTED, InputError, listed, shown
 from .preprocessing import Many, Preprocessing, Scaling, fit_preprocessing
-from .reading import read_table
+from .reading import WORDS, read_table
 from .splitting import Rows, count_duplicates, fold_rows, parse_split, split_rows
 from .targets import (
     Targets,
@@ -168,6 +168,8 @@ def load_data(source: Source, fold: int = 0) -> Data:
     """
     frame, target_columns = _read(source)
     kind, by = parse_split(source.split, [str(name) for name in frame.columns])
+    for name in target_columns:
+        frame[name] = stripped(frame[name])
     present = frame[target_columns].notna().all(axis=1)
     frame, dropped = frame[present], int((~present).sum())
     notes = []
@@ -191,6 +193,8 @@ def load_data(source: Source, fold: int = 0) -> Data:
     )
     x = preprocessing.transform(features)
     preprocessing.check_rows(x, features, "--csv")
+    if task == "classification" and (words := WORDS.intersection(described.labels)):
+        notes.append(f"the target has the class {listed(sorted(words))}: only its empty cells are missing")
     notes += [*left_out, *_unseen_classes(described, y[rows.train])]
     if duplicates := count_duplicates(features, rows):
         notes.append(f"{counted(duplicates)} of the validation and test splits have the inputs of a training row")
@@ -287,7 +291,8 @@ def _read(source: Source) -> tuple[DataFrame, list[str]]:
             targets = targets.map(dict(enumerate(bunch.target_names)).get)
         return pd.concat([bunch.data, targets], axis=1), [str(name) for name in targets.columns]
     # The index numbers the rows for messages, also when some have been left out.
-    frame = read_table(source.csv, source.sep, source.encoding, source.decimal).reset_index(drop=True)
+    frame = read_table(source.csv, source.sep, source.encoding, source.decimal, classes=source.target)
+    frame = frame.reset_index(drop=True)
     path, targets = source.csv, list(source.target)
     for target in targets:
         if targets.count(target) > 1:

@@ -18,17 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pandas import DataFrame, Series
-from pandas.api.types import is_float_dtype
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .columns import as_dates, date_parts, is_date, is_numeric
+from .columns import as_dates, date_parts, is_date, is_numeric, stripped, without_points
 from .errors import InputError, shown
 
 Scaling = Literal["standard", "center", "whiten", "none"]
 Many = Literal["group", "embed"]
 
+# How files write truth values, and the categories that they are.
+TRUTH = {"true": "True", "1": "True", "1.0": "True", "false": "False", "0": "False", "0.0": "False"}
 MISSING = "missing"
 OTHER = "other"
 
@@ -185,10 +186,9 @@ def _describe(column: Series, max_categories: int, many: Many) -> Column:
 
 
 def as_text(column: Series) -> Series:
-    """Categories as text; a missing one is MISSING. Whole numbers have no decimal point."""
-    if is_float_dtype(column) and ((column.dropna() % 1 == 0) & (column.dropna().abs() < 2**63)).all():
-        column = column.astype("Int64")
-    return column.map(str, na_action="ignore").astype("object").where(column.notna(), MISSING)
+    """Categories as text without spaces around it; a missing one is MISSING. Whole numbers have no decimal point."""
+    texts = stripped(without_points(column).map(str, na_action="ignore").astype("object"))
+    return texts.where(texts.notna(), MISSING)
 
 
 def _median(values: np.ndarray) -> float:
@@ -214,7 +214,10 @@ def _encode(values: Series, column: Column) -> np.ndarray:
     """One column for each category, or the number of an embedded category, as float64."""
     position = {category: number for number, category in enumerate(column.categories)}
     unknown = position[OTHER] if column.groups else -1
-    found = as_text(values).map(lambda category: position.get(category, unknown)).to_numpy(int)
+    texts = as_text(values)
+    if position.keys() & TRUTH.values() and position.keys() <= {*TRUTH.values(), MISSING}:
+        texts = texts.map(lambda text: TRUTH.get(text.lower(), text))
+    found = texts.map(lambda category: position.get(category, unknown)).to_numpy(int)
     if column.kind == "embedded":
         return (found + 1)[:, None].astype(float)
     return (found[:, None] == np.arange(len(column.categories))).astype(float)

@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 from pandas import DataFrame
+from pandas.api.types import is_bool_dtype, is_integer_dtype
 from sklearn.preprocessing import LabelEncoder, StandardScaler
 from torch import Tensor
 
-from .columns import is_numeric, no_number
+from .columns import is_numeric, no_number, without_points
 from .errors import InputError, shown
 
 Task = Literal["classification", "regression"]
@@ -75,8 +76,11 @@ def infer_task(targets: DataFrame) -> Task:
 
 def encode_classes(targets: DataFrame) -> tuple[Targets, Tensor]:
     """The classes, and their indices."""
-    encoder = LabelEncoder().fit(targets.iloc[:, 0])
-    y = np.asarray(encoder.transform(targets.iloc[:, 0]))
+    column = without_points(targets.iloc[:, 0])
+    # Of nullable whole numbers and truth values scikit-learn makes floating-point ones.
+    values = np.array(column.tolist()) if is_integer_dtype(column) or is_bool_dtype(column) else column
+    encoder = LabelEncoder().fit(values)
+    y = np.asarray(encoder.transform(values))
     labels = [str(label) for label in encoder.classes_]
     _check_classes(y, labels)
     return Targets("classification", list(targets), labels), torch.from_numpy(y).long()

@@ -87,6 +87,41 @@ def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
     assert len(data.train) + len(data.val) + len(data.test) == 55
 
 
+@pytest.mark.parametrize("word", ["None", "NA", "null"])
+def test_words_for_nothing_are_classes_of_a_text_target(word, tmp_path):
+    path = tmp_path / "t.csv"
+    labels = [word, "mild", "severe", ""] * 15
+    path.write_text("x,left\n" + "".join(f"{number},{each}\n" for number, each in enumerate(labels)))
+    data = load(path, "left", keep=["x"])
+    assert data.labels == sorted([word, "mild", "severe"])
+    assert data.dropped == 15
+    assert f"the target has the class '{word}': only its empty cells are missing" in data.notes
+
+
+def test_words_for_nothing_are_missing_numbers(tmp_path):
+    path = tmp_path / "t.csv"
+    cells = ["NA", "0", "1", "None"] * 15
+    path.write_text("x,y\n" + "".join(f"{number},{each}\n" for number, each in enumerate(cells)))
+    data = load(path, "y", keep=["x"])
+    assert (data.labels, data.dropped) == (["0", "1"], 30)
+
+
+LABELS = {
+    "spaces": (["yes", "yes ", "no", " no"] * 15, ["no", "yes"]),
+    "whole numbers with gaps": ([0, 1, None, 10] * 15, ["0", "1", "10"]),
+    "nullable whole numbers": (pd.array([0, 1, None, 10] * 15, dtype="Int64"), ["0", "1", "10"]),
+    "nullable truth values": (pd.array([True, False, None, False] * 15, dtype="boolean"), ["False", "True"]),
+    "truth values with gaps": ([True, False, None, False] * 15, ["False", "True"]),
+    "fractions": ([0.5, 1.5, None, 1.5] * 15, ["0.5", "1.5"]),
+}
+
+
+@pytest.mark.parametrize(("values", "labels"), LABELS.values(), ids=LABELS)
+def test_labels_are_those_of_the_table(values, labels, monkeypatch):
+    read_as(people().assign(left=values), monkeypatch)
+    assert load("t.parquet", "left", "classification").labels == labels
+
+
 @pytest.mark.parametrize(
     ("values", "task"),
     [
@@ -165,7 +200,7 @@ def test_a_class_that_no_training_row_has_is_said(tmp_path):
 
 def read_as(frame, monkeypatch):
     """Let the next table be this one, as a Parquet file would give it."""
-    monkeypatch.setattr(data_module, "read_table", lambda *_: frame)
+    monkeypatch.setattr(data_module, "read_table", lambda *_, **__: frame)
 
 
 @pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean", "string"])

@@ -218,6 +218,26 @@ def test_whole_numbers_that_become_categories_are_told_without_a_point():
     assert preprocessing.transform(DataFrame({"code": [1.0, np.nan]}))[0].tolist() == [1, 0, 0]
 
 
+TRUTHS = {
+    "numbers": [1, 0, 1],
+    "numbers with a gap": [1.0, 0.0, 1.0, None],
+    "text": ["TRUE", "false", "1"],
+    "beside other text": ["true", "FALSE", "True", "maybe"],
+}
+
+
+@pytest.mark.parametrize("new", TRUTHS.values(), ids=TRUTHS)
+def test_truth_values_are_known_however_they_are_written(new):
+    preprocessing = fit_preprocessing(DataFrame({"t": [True, False, True]}), "standard", 10, "group")
+    assert preprocessing.transform(DataFrame({"t": new}))[:3].tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_spaces_around_a_category_mean_nothing():
+    preprocessing = fit_preprocessing(DataFrame({"c": ["Ulm", "Ulm ", "Bonn"]}), "standard", 10, "group")
+    assert preprocessing.columns[0].categories == ["Bonn", "Ulm"]
+    assert preprocessing.transform(DataFrame({"c": [" Bonn "]})).tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
