@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
+from .errors import InputError, shown
+
 # A column of text with more distinct values than this share of its rows names the rows.
 NEAR_UNIQUE = 0.9
 # Fewer rows say nothing about uniqueness.
@@ -22,6 +24,64 @@ def is_numeric(column: Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
+def stripped(column: Series) -> Series:
+    """A column with its texts without spaces around them; what then is empty is missing. Others stay as they are."""
+    if not pd.api.types.is_object_dtype(column) and not pd.api.types.is_string_dtype(column):
+        return column
+    texts = column.map(lambda cell: cell.strip() if isinstance(cell, str) else cell)
+    return texts.where(texts.map(lambda cell: not isinstance(cell, str) or cell != ""), None)
+
+
+def without_points(column: Series) -> Series:
+    """Whole numbers in floating point, as missing cells make them, as whole numbers. Others stay as they are."""
+    if not pd.api.types.is_float_dtype(column):
+        return column
+    present = column.dropna()
+    return column.astype("Int64") if ((present % 1 == 0) & (present.abs() < 2**63)).all() else column
+
+
+def is_nested(column: Series) -> bool:
+    """Whether a column holds lists or structs, as those of Parquet files may."""
+    return column.dtype == object and any(isinstance(each, (list, tuple, dict, set, np.ndarray)) for each in column)
+
+
+def to_numbers(column: Series) -> Series:
+    """A column as numbers. What is no number becomes NaN, and a date is none."""
+    return pd.to_numeric(column.astype("object").where(column.notna(), None), errors="coerce")
+
+
+def no_number(column: Series) -> str:
+    """A cell of a column of other things than numbers, with its row, for messages: the first that is no number.
+
+    The index of the column numbers the rows from 0.
+    """
+    wrong = np.flatnonzero(to_numbers(column).isna() & column.notna())
+    return _cell(column, wrong[0] if len(wrong) else 0)
+
+
+def _cell(column: Series, place: int) -> str:
+    return f"{shown(column.iloc[place])} in row {column.index[place] + 1}"
+
+
+def check_finite(column: Series, option: str) -> None:
+    """Check that the numbers of a column are finite in float32.
+
+    Args:
+        column: The column. Its index numbers the rows from 0.
+        option: Name of the option that gives the table, for the error message.
+
+    Raises:
+        InputError: If they are not. The message names the first such cell; rows are counted from 1.
+    """
+    values = column.to_numpy(float)
+    wrong = np.flatnonzero(abs(values) > np.finfo(np.float32).max)
+    if len(wrong):
+        raise InputError(
+            f"argument {option}: column {shown(column.name)} has infinity or a number too large for float32 in row "
+            f"{column.index[wrong[0]] + 1}: {values[wrong[0]]:g}"
+        )
+
+
 def is_date(column: Series) -> bool:
     """Whether a column holds dates, or text that begins with dates in digits."""
     if pd.api.types.is_datetime64_any_dtype(column):
@@ -30,6 +90,14 @@ def is_date(column: Series) -> bool:
         return False
     texts = column.dropna().astype(str)
     return len(texts) > 0 and bool(texts.str.match(DATE).all()) and as_dates(texts).notna().all()
+
+
+def no_date(column: Series) -> str:
+    """As `no_number`, of a column of other things than dates: the first cell that is no date."""
+    wrong = np.flatnonzero(column.notna() & ~column.astype(str).str.match(DATE))
+    if not len(wrong):
+        wrong = np.flatnonzero(column.notna() & as_dates(column).isna())
+    return _cell(column, wrong[0])
 
 
 def as_dates(column: Series) -> Series:

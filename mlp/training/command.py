@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from pandas import DataFrame
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...kernels.launch import HAS_TRITON
 from .checkpoint import load_checkpoint
+from .console import console
 from .data import Data, load_data
-from .errors import CannotWrite, Diverged, InputError, Interrupted
+from .errors import CannotWrite, Diverged, InputError, Interrupted, listed
 from .judging import positive_class
 from .lr_finder import LR_PICTURE, LR_TABLE, find_rate, write_range_test
 from .net import make_model
@@ -44,8 +44,6 @@ from .verify import run_verify
 HELD_OUT = "test"
 # Exit status of what a shell's user interrupts.
 INTERRUPTED = 130
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +181,7 @@ def run_predict(options: Options) -> int:
     write_predictions(found, path)
     ignored = [name for name in frame.columns if name not in (*of_run.columns, *of_run.targets.columns)]
     if ignored:
-        console.print(f"ignored columns that the net does not read: {', '.join(map(str, ignored))}")
+        console.print(f"ignored columns that the net does not read: {listed(ignored)}")
     show_predictions(of_run, frame, "first rows", found)
     console.print(f"wrote {len(found)} predictions to {path}")
     return 0
@@ -194,7 +192,7 @@ def show_predictions(of_run: Run, frame: DataFrame, what: str, found: DataFrame 
     found = of_run.predict(frame.head(SHOWN_ROWS)) if found is None else found
     known = all(name in frame.columns for name in of_run.targets.columns)
     truth = frame[of_run.targets.columns].head(SHOWN_ROWS) if known else None
-    console.print(predictions_table(found, truth, f"predictions for {what}"))
+    console.print(predictions_table(found, of_run.targets, truth, f"predictions for {what}"))
 
 
 def introduce(training: Training) -> None:

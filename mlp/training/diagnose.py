@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
+from .fonts import drawable, drawing
+
 ROWS = 1024
 PANELS = {
     "gradient norm": "log",
@@ -67,7 +69,8 @@ def diagnose(model: nn.Module, x: Tensor, loss_scale: float) -> dict[str, float]
 def diagnostics(history: Sequence[Mapping[str, float]], name: str) -> Figure:
     """Draw what `diagnose` found over the epochs, with a line for each layer."""
     figure = Figure(figsize=(7, 3 * len(PANELS)), dpi=150, layout="constrained")
-    figure.suptitle(f"{name}: layers over the epochs")
+    with drawing([name]):
+        figure.suptitle(f"{drawable(name)}: layers over the epochs")
     epochs = [row["epoch"] for row in history]
     all_axes = figure.subplots(len(PANELS), 1, sharex=True)
     all_axes[-1].set_xlabel("epoch")

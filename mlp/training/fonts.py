@@ -1,9 +1,10 @@
-"""Text in any script on figures."""
+"""Text in any script on figures, drawn as it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.ft2font import FT2Font
 
 REPLACEMENT = "\\u{:04x}"
@@ -34,8 +35,16 @@ def families(texts: Iterable[str]) -> list[str]:
 
 
 def drawable(text: str) -> str:
-    """The text, with characters that no font of the machine has as \\uXXXX."""
+    """The text as matplotlib has to be given it: without formulas, and with characters that no font has as \\uXXXX."""
     missing = {ord(character) for character in text}
     for family in families([text]):
         missing -= _glyphs(font_manager.findfont(font_manager.FontProperties(family=[family])))
-    return "".join(REPLACEMENT.format(ord(each)) if ord(each) in missing else each for each in text)
+    drawn = "".join(REPLACEMENT.format(ord(each)) if ord(each) in missing else each for each in text)
+    return drawn.replace("$", r"\$")
+
+
+@contextmanager
+def drawing(texts: Iterable[str]) -> Iterator[None]:
+    """Figures made inside the `with` block have fonts for these texts."""
+    with rc_context({"font.family": families(texts)}):
+        yield

@@ -1,5 +1,5 @@
 """What a finished run says of its test split beyond the metrics: classes, intervals, a threshold, calibration."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportOptionalMemberAccess=false
 # (scikit-learn and SciPy ship no type annotations that fit)
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .calibration import describe_calibration, fit_temperature
 from .data import Data
-from .errors import InputError
+from .errors import InputError, listed
 from .head import Head
 
 CONFIDENCE = 0.95
@@ -31,25 +31,26 @@ def positive_class(data: Data, given: str | None) -> int:
     if data.task != "classification" or len(data.labels) != 2:
         raise InputError(f"argument --positive: {given!r} needs a target of two classes")
     if given not in data.labels:
-        raise InputError(f"argument --positive: {given!r} is no class; the classes are {', '.join(data.labels)}")
+        raise InputError(f"argument --positive: {given!r} is no class; the classes are {listed(data.labels)}")
     return data.labels.index(given)
 
 
-def describe_classes(true: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and rows of each class, and their macro and weighted averages."""
-    found = metrics.classification_report(
-        true, predicted, labels=range(len(labels)), target_names=labels, output_dict=True, zero_division=0
-    )
-    rows = {name: found[name] for name in (*labels, "macro avg", "weighted avg")}
-    return {
-        name.replace(" avg", " average"): {
-            "precision": row["precision"],
-            "recall": row["recall"],
-            "F1": row["f1-score"],
-            "rows": int(row["support"]),
-        }
-        for name, row in rows.items()
-    }
+def describe_classes(true: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dict[str, dict[str, Any]]:
+    """Precision, recall, F1 and rows: of the "classes" by name, and their "macro" and "weighted" "averages".
+
+    The two are apart because a class may have any name.
+    """
+
+    def rows(average: str | None) -> list[dict[str, float]]:
+        found = metrics.precision_recall_fscore_support(
+            true, predicted, labels=range(len(labels)), average=average, zero_division=0
+        )
+        count = [len(true)] if average else found[3].tolist()
+        figures = zip(*(np.atleast_1d(each).tolist() for each in found[:3]), count, strict=True)
+        return [dict(zip(("precision", "recall", "F1", "rows"), row, strict=True)) for row in figures]
+
+    averages = {average: rows(average)[0] for average in ("macro", "weighted")}
+    return {"classes": dict(zip(labels, rows(None), strict=True)), "averages": averages}
 
 
 def choose_threshold(probability: np.ndarray, positive: np.ndarray) -> float:
@@ -97,15 +98,16 @@ def judge_classification(output: Tensor, val_output: Tensor, data: Data, positiv
         positive: Index of the positive class, if there are two.
 
     Returns:
-        Plain data: "classes", "intervals", "calibration" with the temperature, and, for two classes, "threshold". The
-        temperature and the threshold are those of the validation split.
+        Plain data: "classes", "averages", "intervals", "calibration" with the temperature, and, for two classes,
+        "threshold". The temperature and the threshold are those of the validation split; if no row of it is positive,
+        there is no threshold.
     """
     true, val_true = data.test.classes.numpy(), data.val.classes.numpy()
     probabilities = output.double().softmax(1).numpy()
     predicted = probabilities.argmax(1)
     temperature = fit_temperature(val_output, data.val.classes)
     found: dict[str, Any] = {
-        "classes": describe_classes(true, predicted, data.labels),
+        **describe_classes(true, predicted, data.labels),
         "intervals": {"accuracy": interval_of_accuracy(int((predicted == true).sum()), len(true))},
         "calibration": {
             "temperature": temperature,
@@ -113,7 +115,7 @@ def judge_classification(output: Tensor, val_output: Tensor, data: Data, positiv
             "after": describe_calibration((output.double() / temperature).softmax(1).numpy(), true),
         },
     }
-    if len(data.labels) == 2:
+    if len(data.labels) == 2 and (val_true == positive).any():
         of_val = val_output.double().softmax(1).numpy()[:, positive]
         threshold = choose_threshold(of_val, val_true == positive)
         found["threshold"] = {

@@ -69,7 +69,10 @@ def make_loss(
 
     weight = None
     if class_weights == "balanced":
-        balanced = compute_class_weight("balanced", classes=np.arange(len(data.labels)), y=data.train.classes.numpy())
+        true, balanced = data.train.classes.numpy(), np.ones(len(data.labels))
+        # A class that no training row has keeps the weight of an average row.
+        present = np.unique(true)
+        balanced[present] = compute_class_weight("balanced", classes=present, y=true)
         weight = torch.from_numpy(balanced).float().to(device)
     if head.loss == "bce":
         return _bce(label_smoothing, weight)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoint import atomic_write
+from .fonts import drawable, drawing
 from .train import Training
 
 LOWEST, HIGHEST = 1e-6, 10.0
@@ -74,7 +75,9 @@ def write_range_test(found: RangeTest, folder: Path, name: str) -> None:
     axes = figure.subplots()
     axes.plot(found.rates, found.losses)
     axes.axvline(found.suggestion, color="grey", linestyle=":", label=f"steepest, {found.suggestion:.2g}")
-    axes.set(title=f"{name}: range test", xlabel="learning rate", ylabel="smoothed loss", xscale="log")
+    with drawing([name]):
+        axes.set_title(f"{drawable(name)}: range test")
+    axes.set(xlabel="learning rate", ylabel="smoothed loss", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(folder / LR_PICTURE) as file:

@@ -24,19 +24,34 @@ class EmbeddedMLP(nn.Module):
 
     Args:
         mlp: The MLP. Its in_features are the other inputs and the vectors.
+        others: The number of other inputs.
         categories: For each of the last inputs, the number of categories. They are numbered from 1; 0 is an unknown
             category.
+
+    Shape:
+        - input: (rows, others + categories). Of rows that `augmentation.mix` mixed, the numbers of the partners'
+          categories follow, and the weight of the row's own vector.
+        - output: (rows, out_features)
     """
 
-    def __init__(self, mlp: MLP, categories: Sequence[int]) -> None:
+    def __init__(self, mlp: MLP, others: int, categories: Sequence[int]) -> None:
         super().__init__()
+        self.others = others
         self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding_width(count)) for count in categories)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        plain, numbers = x.tensor_split([x.shape[1] - len(self.embeddings)], dim=1)
-        vectors = [embed(number) for embed, number in zip(self.embeddings, numbers.long().unbind(1), strict=True)]
-        return self.mlp(torch.cat([plain, *vectors], dim=1))
+        first, count = self.others, len(self.embeddings)
+        others, own, partners, weight = x.tensor_split([first, first + count, first + 2 * count], dim=1)
+        vectors = self._vectors(own)
+        if weight.shape[1]:
+            vectors = weight * vectors + (1 - weight) * self._vectors(partners)
+        return self.mlp(torch.cat([others, vectors], dim=1))
+
+    def _vectors(self, numbers: Tensor) -> Tensor:
+        """The vectors of all categories of each row, side by side."""
+        columns = zip(self.embeddings, numbers.long().unbind(1), strict=True)
+        return torch.cat([embed(number) for embed, number in columns], dim=1)
 
 
 def head_of(options: Options, targets: Targets) -> Head:
@@ -56,8 +71,9 @@ def make_model(options: Options, targets: Targets, preprocessing: Preprocessing)
     """Make the network that the options describe, in float32 on the default device."""
     categories = preprocessing.embedded
     widths = [embedding_width(count) for count in categories]
+    others = preprocessing.in_features - len(categories)
     mlp = MLP(
-        preprocessing.in_features - len(categories) + sum(widths),
+        others + sum(widths),
         options.hidden,
         head_of(options, targets).outputs,
         activation=options.activation,
@@ -69,4 +85,4 @@ def make_model(options: Options, targets: Targets, preprocessing: Preprocessing)
         bias_init=options.bias_init,
         checkpoint=options.checkpoint_activations,
     )
-    return EmbeddedMLP(mlp, categories) if categories else mlp
+    return EmbeddedMLP(mlp, others, categories) if categories else mlp

@@ -180,7 +180,7 @@ def _add_loss_options(loss: _ArgumentGroup) -> None:
         "--mixup", type=positive_or_zero, metavar="A", default=0.0, help="mix rows with weights of Beta(A, A) (0: not)"
     )
     loss.add_argument(
-        "--noise", type=positive_or_zero, metavar="S", default=0.0, help="deviation of noise on training inputs (0)"
+        "--noise", type=positive_or_zero, metavar="S", default=0.0, help="deviation of noise on training numbers (0)"
     )
     loss.add_argument("--l1", type=positive_or_zero, metavar="C", default=0.0, help="add C * sum(|w|) to the loss (0)")
     loss.add_argument(

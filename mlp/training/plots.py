@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator
@@ -18,7 +17,7 @@ from sklearn.metrics import (
 from torch import Tensor
 
 from .data import Data
-from .fonts import drawable, families
+from .fonts import drawable, drawing
 
 MAX_CLASSES_DRAWN = 20
 
@@ -40,7 +39,7 @@ def figures(
     """
     names = [drawable(label) for label in data.labels]
     data = replace(data, name=drawable(data.name), targets=replace(data.targets, labels=names))
-    with rc_context({"font.family": families([data.name, *data.labels])}):
+    with drawing([data.name, *data.labels]):
         yield from _figures(history, best_epoch, output, data, positive)
 
 
@@ -97,7 +96,8 @@ def precision_recall_curves(true: np.ndarray, probabilities: np.ndarray, data: D
     axes.set(xlabel="recall", ylabel="precision")
     axes.grid(alpha=0.3)
     if drawn:
-        axes.legend(fontsize="small", loc="lower left")
+        # Given handles, as it would leave out names that begin with an underscore.
+        axes.legend(handles=axes.lines, fontsize="small", loc="lower left")
     return figure
 
 
@@ -119,7 +119,7 @@ def roc_curves(true: np.ndarray, probabilities: np.ndarray, data: Data, positive
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     axes.grid(alpha=0.3)
     if drawn:
-        axes.legend(fontsize="small", loc="lower right")
+        axes.legend(handles=axes.lines, fontsize="small", loc="lower right")
     return figure
 
 

@@ -1,18 +1,20 @@
 """Predict on new rows with the best weights of a run."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, Series
+from pandas.api.types import is_bool_dtype
 from rich.table import Table
 from torch import Tensor, nn
 
 from .checkpoint import atomic_write, load_checkpoint
-from .errors import InputError
+from .columns import check_finite, is_numeric, no_number, to_numbers
+from .errors import InputError, listed, shown
 from .head import Head
 from .net import head_of, make_model
 from .options import saved_options
@@ -68,7 +70,8 @@ class Run:
         """The net's outputs (rows, outputs) on the CPU; see `Head`.
 
         Raises:
-            InputError: If a column is missing, or holds text instead of numbers.
+            InputError: If a column is missing, or holds text instead of numbers, or numbers that float32 cannot
+                compute with. The message names the row, counted from 1.
         """
         if missing := [name for name in self.columns if name not in frame.columns]:
             raise InputError(
@@ -76,8 +79,12 @@ class Run:
             )
         if not len(frame):
             raise InputError("argument --predict: the table has no rows")
-        x = self.preprocessing.transform(_with_numbers(frame, self.preprocessing))
-        return predict(self.model, x.to(self.device)).cpu()
+        frame = _with_numbers(frame.reset_index(drop=True), self.preprocessing)
+        x = self.preprocessing.transform(frame)
+        self.preprocessing.check_rows(x, frame, "--predict")
+        found = predict(self.model, x.to(self.device)).cpu()
+        self.preprocessing.check_rows(found, frame, "--predict")
+        return found
 
     def predict(self, frame: DataFrame, calibrated: bool = False) -> DataFrame:
         """Predict.
@@ -88,11 +95,12 @@ class Run:
             calibrated: Whether probabilities are those with the run's temperature.
 
         Returns:
-            A row for each row, with its number from 1. Classification: the class, and the probability of every class.
-            Regression: the targets in their own units, and their quantiles if the net was trained for them.
+            A row for each row. Its first column is the number of the row from 1. Classification: the class, and the
+            probability of every class. Regression: the targets in their own units, and their quantiles if the net was
+            trained for them. Columns of targets have their names; one of ours that is like them gets underscores.
 
         Raises:
-            InputError: If a column is missing, or holds text instead of numbers, or the run has no temperature.
+            InputError: As `outputs`; also if the run has no temperature.
         """
         temperature = self.temperature if calibrated else 1.0
         if temperature is None:
@@ -100,19 +108,31 @@ class Run:
         raw, targets = self.outputs(frame), self.targets
         output = self.head.decode(raw)
         if targets.task == "regression":
-            found = DataFrame(targets.in_own_units(output), columns=targets.labels)
+            names, values = targets.labels, targets.in_own_units(output).T
+            further: dict[str, Any] = {}
             if self.head.loss == "pinball":
-                for quantile, values in zip(self.head.quantiles, self.head.by_quantile(raw).unbind(2), strict=True):
+                for quantile, of_quantile in zip(
+                    self.head.quantiles, self.head.by_quantile(raw).unbind(2), strict=True
+                ):
                     columns = [f"{label} (quantile {quantile:g})" for label in targets.labels]
-                    found[columns] = targets.in_own_units(values)
+                    further |= zip(columns, targets.in_own_units(of_quantile).T, strict=True)
         else:
             probabilities = (output.double() / temperature).softmax(1)
+            names = targets.columns if len(targets.columns) == 1 else ["class"]
+            values = [[targets.labels[i] for i in probabilities.argmax(1).tolist()]]
             columns = [f"p({label})" for label in targets.labels]
-            found = DataFrame(probabilities.numpy(), columns=columns)
-            name = targets.columns[0] if len(targets.columns) == 1 else "class"
-            found.insert(0, name, [targets.labels[i] for i in probabilities.argmax(1).tolist()])
-        found.insert(0, "row", range(1, len(found) + 1))
-        return found
+            further = dict(zip(columns, probabilities.numpy().T, strict=True))
+        found = {_unlike("row", names): range(1, len(raw) + 1), **dict(zip(names, values, strict=True))}
+        for name, column in further.items():
+            found[_unlike(name, found)] = column
+        return DataFrame(found)
+
+
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """The name, with as many underscores as make it differ from others."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -149,14 +169,23 @@ def _with_numbers(frame: DataFrame, preprocessing: Preprocessing) -> DataFrame:
     """The columns that are read, with numbers as numbers also where a file holds none of them."""
     found = {}
     for column in preprocessing.columns:
-        values = frame[column.name]
+        values: Any = frame[column.name]
         if column.kind == "number":
-            try:
-                values = pd.to_numeric(values)
-            except (ValueError, TypeError) as error:
-                raise InputError(f"argument --predict: column {column.name!r} must hold numbers: {error}") from None
+            values = _as_numbers(values)
+            check_finite(values, "--predict")
         found[column.name] = values
     return DataFrame(found, index=frame.index)
+
+
+def _as_numbers(column: Series) -> Series:
+    if is_numeric(column) or is_bool_dtype(column):
+        return column
+    numbers = to_numbers(column)
+    if (numbers.isna() & column.notna()).any():
+        raise InputError(
+            f"argument --predict: column {shown(column.name)} must hold numbers, but holds {no_number(column)}"
+        )
+    return numbers
 
 
 def write_predictions(found: DataFrame, path: Path) -> None:
@@ -165,27 +194,30 @@ def write_predictions(found: DataFrame, path: Path) -> None:
         found.to_csv(file, index=False)
 
 
-def predictions_table(found: DataFrame, truth: Any, title: str) -> Table:
+def predictions_table(found: DataFrame, targets: Targets, truth: Any, title: str) -> Table:
     """Format the first rows of predictions for the console.
 
     Args:
         found: Predictions of `Run.predict`.
+        targets: What they are of.
         truth: The true targets of these rows as a table, or None.
         title: Title of the table.
     """
     table = Table(title=title, title_justify="left")
     shown = found.head(SHOWN_ROWS)
-    probabilities = [name for name in shown if name.startswith("p(")]
-    names = [name for name in shown if name not in probabilities]
+    # Of classes, the columns are the row, the class and probabilities.
+    count = 2 if targets.task == "classification" else shown.shape[1]
+    (row_number, *names), probabilities = list(shown)[:count], list(shown)[count:]
+    table.add_column(row_number, justify="right")
     for name in names:
-        table.add_column(name if name == "row" else f"predicted {name}", justify="right")
+        table.add_column(f"predicted {name}", justify="right")
     if probabilities:
         table.add_column("probability", justify="right")
     for name in truth if truth is not None else ():
         table.add_column(f"true {name}", justify="right")
     for position, row in enumerate(shown.itertuples(index=False)):
         values = dict(zip(shown.columns, row, strict=True))
-        cells = [_cell(values[name]) for name in names]
+        cells = [_cell(values[name]) for name in (row_number, *names)]
         if probabilities:
             cells.append(f"{max(values[name] for name in probabilities):.3f}")
         if truth is not None:
@@ -199,5 +231,4 @@ def _cell(value: Any) -> str:
 
 
 def _columns(names: list[str]) -> str:
-    listed = ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return f"column {listed}" if len(names) == 1 else f"columns {listed}"
+    return f"column {listed(names)}" if len(names) == 1 else f"columns {listed(names)}"

@@ -22,11 +22,14 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .columns import as_dates, date_parts, is_date, is_numeric
+from .columns import as_dates, date_parts, is_date, is_numeric, stripped, without_points
+from .errors import InputError, shown
 
 Scaling = Literal["standard", "center", "whiten", "none"]
 Many = Literal["group", "embed"]
 
+# How files write truth values, and the categories that they are.
+TRUTH = {"true": "True", "1": "True", "1.0": "True", "false": "False", "0": "False", "0.0": "False"}
 MISSING = "missing"
 OTHER = "other"
 
@@ -73,11 +76,15 @@ class Preprocessing:
         return [len(column.categories) for column in self.columns if column.kind == "embedded"]
 
     @property
+    def numbers(self) -> int:
+        """How many of the first inputs are numbers, those of dates among them."""
+        return len(self.rotation[0]) if self.rotation else len(self.mean)
+
+    @property
     def in_features(self) -> int:
         """The number of inputs, of which each embedded column is one."""
-        numbers = len(self.rotation[0]) if self.rotation else len(self.mean)
         categories = sum(len(column.categories) for column in self.columns if column.kind == "category")
-        return numbers + categories + len(self.embedded)
+        return self.numbers + categories + len(self.embedded)
 
     def transform(self, frame: DataFrame) -> Tensor:
         """Turn rows into inputs.
@@ -87,6 +94,7 @@ class Preprocessing:
 
         Returns:
             float32 (rows, in_features): the numbers, the categories, and last the numbers of embedded categories.
+            Numbers too far from those of the training split for float32 are infinite.
         """
         numbers = (_numbers(frame, self.columns) - self.mean) / self.scale
         if self.rotation:
@@ -96,6 +104,30 @@ class Preprocessing:
         for kind in ("category", "embedded"):
             parts += [_encode(frame[column.name], column) for column in self.columns if column.kind == kind]
         return torch.from_numpy(np.concatenate(parts, axis=1)).float()
+
+    def check_rows(self, values: Tensor, frame: DataFrame, option: str) -> None:
+        """Check that no row has numbers so far from those of the training split that float32 cannot compute with them.
+
+        Args:
+            values: Inputs or outputs of the net for these rows (rows, features).
+            frame: The rows. Its index numbers them from 0.
+            option: Name of the option that gives the table, for the error message.
+
+        Raises:
+            InputError: If values of a row are not finite. The message names its farthest number.
+        """
+        wrong = (~values.isfinite().all(1)).nonzero()
+        if not len(wrong):
+            return
+        row = frame.iloc[wrong[0].tolist()]
+        numbers = _numbers(row, self.columns)[0]
+        # A column has a median for each of its numbers.
+        names = [column.name for column in self.columns for _ in column.median]
+        place = int(abs((numbers - self.mean) / self.scale).argmax())
+        raise InputError(
+            f"argument {option}: column {shown(names[place])} has {numbers[place]:g} in row {row.index[0] + 1}, too "
+            "far from the training rows for float32"
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The figures as plain data."""
@@ -154,10 +186,9 @@ def _describe(column: Series, max_categories: int, many: Many) -> Column:
 
 
 def as_text(column: Series) -> Series:
-    """Categories as text; a missing one is MISSING. Whole numbers have no decimal point."""
-    if is_numeric(column) and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")
-    return column.map(str, na_action="ignore").astype("object").where(column.notna(), MISSING)
+    """Categories as text without spaces around it; a missing one is MISSING. Whole numbers have no decimal point."""
+    texts = stripped(without_points(column).map(str, na_action="ignore").astype("object"))
+    return texts.where(texts.notna(), MISSING)
 
 
 def _median(values: np.ndarray) -> float:
@@ -183,7 +214,10 @@ def _encode(values: Series, column: Column) -> np.ndarray:
     """One column for each category, or the number of an embedded category, as float64."""
     position = {category: number for number, category in enumerate(column.categories)}
     unknown = position[OTHER] if column.groups else -1
-    found = as_text(values).map(lambda category: position.get(category, unknown)).to_numpy(int)
+    texts = as_text(values)
+    if position.keys() & TRUTH.values() and position.keys() <= {*TRUTH.values(), MISSING}:
+        texts = texts.map(lambda text: TRUTH.get(text.lower(), text))
+    found = texts.map(lambda category: position.get(category, unknown)).to_numpy(int)
     if column.kind == "embedded":
         return (found + 1)[:, None].astype(float)
     return (found[:, None] == np.arange(len(column.categories))).astype(float)

@@ -111,10 +111,14 @@ def write_report(training: Training) -> Report:
 
     Returns:
         What was found.
+
+    Raises:
+        InputError: If a row of the test split has numbers that float32 cannot compute with.
     """
     folder, data, options = training.folder, training.data, training.options
     best_epoch = load_best(folder, training.model)
     raw, val_raw = (predict(training.model, x.to(training.device)).cpu() for x in (data.test.x, data.val.x))
+    data.preprocessing.check_rows(raw, data.test_rows, "--csv")
     output, val_output = training.head.decode(raw), training.head.decode(val_raw)
     test = evaluate(output, data, data.test)
     judged = judge(output, val_output, data, options.positive)
@@ -196,12 +200,13 @@ def metrics_table(report: Report, title: str) -> Table:
 def classes_table(report: Report, most: int = 20) -> Table | None:
     """Format precision, recall and F1 of each class; None for regression or more than `most` classes."""
     classes = report.judged.get("classes", {})
-    if not 0 < len(classes) <= most + 2:
+    if not 0 < len(classes) <= most:
         return None
+    averages = {f"{name} average": row for name, row in report.judged["averages"].items()}
     table = Table("class")
     for name in ("precision", "recall", "F1", "rows"):
         table.add_column(name, justify="right")
-    for name, row in classes.items():
+    for name, row in (*classes.items(), *averages.items()):
         table.add_row(name, *(_figure(row[each]) for each in ("precision", "recall", "F1")), str(row["rows"]))
     return table
 

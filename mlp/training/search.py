@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from matplotlib.figure import Figure
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from sqlalchemy import URL
 
 from .checkpoint import atomic_write
 from .data import Data
@@ -34,10 +35,14 @@ GRID = {
 }
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """The sampler "tpe", "random" or "grid"."""
+def make_sampler(name: str, seed: int, trials: int) -> BaseSampler:
+    """The sampler "tpe", "random" or "grid" of a study that has so many trials.
+
+    One that goes on must not draw what the first one drew. A grid is drawn anew, without the trials that there are.
+    """
     if name == "grid":
         return GridSampler(GRID, seed=seed)
+    seed = (seed + trials) % 2**32
     return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
 
 
@@ -113,18 +118,19 @@ def _options_of(study: optuna.Study, options: Options) -> Options:
 
 
 def _open_study(options: Options, data: Data) -> optuna.Study:
-    storage = None if options.storage is None else f"sqlite:///{options.storage}"
+    # A file's name may have characters that mean something in an address.
+    storage = options.storage and URL.create("sqlite", database=options.storage).render_as_string()
     try:
         study = optuna.create_study(
             storage=storage,
             study_name=f"{data.name} {data.fingerprint()[:16]}",
-            sampler=make_sampler(options.sampler, options.seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=WARM_TRIALS, n_warmup_steps=WARM_EPOCHS),
             load_if_exists=True,
         )
     except Exception as error:  # of SQLAlchemy, which need not be imported for its names
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"argument --storage: {options.storage} cannot be used: {reason}") from None
+    study.sampler = make_sampler(options.sampler, options.seed, len(study.trials))
     return study
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 from pandas import DataFrame, Series
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, KFold, StratifiedKFold, train_test_split
 
-from .columns import as_dates, is_date, is_numeric
-from .errors import InputError
+from .columns import as_dates, is_date, is_numeric, no_date
+from .errors import InputError, listed, shown
+from .preprocessing import as_text
 
 
 class Rows(NamedTuple):
@@ -36,8 +37,7 @@ def parse_split(given: str, columns: list[str]) -> tuple[str, str | None]:
     if given != "random" and (kind not in ("time", "group") or not column):
         raise InputError(f"argument --split: {given!r}; allowed are random, time:COLUMN, group:COLUMN")
     if column and column not in columns:
-        listed = ", ".join(map(repr, columns))
-        raise InputError(f"argument --split: the table has no column {column!r}; it has {listed}")
+        raise InputError(f"argument --split: the table has no column {shown(column)}; it has {listed(columns)}")
     return kind, column or None
 
 
@@ -47,7 +47,8 @@ def split_rows(kind: str, of: Series | None, stratify: np.ndarray | None, rows: 
     Args:
         kind: "random"; "time": the earliest rows are for training and the latest for testing; "group": rows with the
             same value stay together.
-        of: The column that "time" or "group" go by.
+        of: The column that "time" or "group" go by. Rows without a time cannot be placed: it has none. Rows without a
+            group are one group.
         stratify: Classes of the rows, whose shares "random" keeps; or None.
         rows: Number of rows.
         seed: Seed of the random choices.
@@ -62,7 +63,7 @@ def split_rows(kind: str, of: Series | None, stratify: np.ndarray | None, rows: 
         return Rows(order[:first], order[first:second], order[second:])
     if kind == "group":
         assert of is not None
-        groups = of.astype(str).to_numpy()
+        groups = as_text(of).to_numpy()
         if len(np.unique(groups)) < 3:
             raise InputError(f"argument --split: column {of.name!r} has fewer than 3 groups")
         places = np.arange(rows)
@@ -85,11 +86,22 @@ def fold_rows(
     Args:
         folds: Number of folds, at least 3.
         kind, of, stratify, rows, seed: See `split_rows`; "time" has no folds.
+
+    Raises:
+        InputError: If there are fewer groups, rows, or rows of a class than folds.
     """
     places = np.arange(rows)
-    if kind == "group":
-        assert of is not None
-        parts = GroupKFold(folds).split(places, groups=of.astype(str).to_numpy())
+    groups = None if of is None else as_text(of).to_numpy()
+    if groups is not None:
+        most, what = len(np.unique(groups)), "groups"
+    elif stratify is not None:
+        most, what = int(np.bincount(stratify).min()), "rows in the rarest class"
+    else:
+        most, what = rows, "rows"
+    if folds > most:
+        raise InputError(f"argument --folds: {folds} folds need as many {what}; there are {most}")
+    if groups is not None:
+        parts = GroupKFold(folds).split(places, groups=groups)
     elif stratify is not None:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(places, stratify)
     else:
@@ -105,7 +117,9 @@ def _times(column: Series) -> np.ndarray:
     if is_numeric(column):
         return column.to_numpy(float)
     if not is_date(column):
-        raise InputError(f"argument --split: column {column.name!r} has no dates or numbers")
+        raise InputError(
+            f"argument --split: column {shown(column.name)} must hold dates or numbers, but holds {no_date(column)}"
+        )
     return as_dates(column).to_numpy()
 
 

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 from pandas import DataFrame
+from pandas.api.types import is_bool_dtype, is_integer_dtype
 from sklearn.preprocessing import LabelEncoder, StandardScaler
 from torch import Tensor
 
-from .columns import is_numeric
-from .errors import InputError
+from .columns import is_numeric, no_number, without_points
+from .errors import InputError, shown
 
 Task = Literal["classification", "regression"]
 
@@ -75,8 +76,11 @@ def infer_task(targets: DataFrame) -> Task:
 
 def encode_classes(targets: DataFrame) -> tuple[Targets, Tensor]:
     """The classes, and their indices."""
-    encoder = LabelEncoder().fit(targets.iloc[:, 0])
-    y = np.asarray(encoder.transform(targets.iloc[:, 0]))
+    column = without_points(targets.iloc[:, 0])
+    # Of nullable whole numbers and truth values scikit-learn makes floating-point ones.
+    values = np.array(column.tolist()) if is_integer_dtype(column) or is_bool_dtype(column) else column
+    encoder = LabelEncoder().fit(values)
+    y = np.asarray(encoder.transform(values))
     labels = [str(label) for label in encoder.classes_]
     _check_classes(y, labels)
     return Targets("classification", list(targets), labels), torch.from_numpy(y).long()
@@ -86,13 +90,14 @@ def encode_probabilities(targets: DataFrame) -> tuple[Targets, Tensor]:
     """The classes, one for each column, and the probabilities of each row, which sum to 1 (soft labels)."""
     for name, column in targets.items():
         if not is_numeric(column):
-            raise InputError(f"{_MEANING}, but column {name!r} holds {column.iloc[0]!r}")
+            raise InputError(f"{_MEANING}, but column {shown(name)} holds {no_number(column)}")
     y = targets.to_numpy(float)
     sums = y.sum(1)
     wrong = (y < 0).any(1) | (abs(sums - 1) > SUM_TOLERANCE)
     if wrong.any():
-        given = ", ".join(f"{value:g}" for value in y[wrong][0])
-        raise InputError(f"{_MEANING}, at least 0 and with sum 1, but a row has {given}")
+        place = np.flatnonzero(wrong)[0]
+        row, given = targets.index[place] + 1, ", ".join(f"{value:g}" for value in y[place])
+        raise InputError(f"{_MEANING}, at least 0 and with sum 1, but row {row} has {given}")
     labels = [str(name) for name in targets]
     _check_classes(y.argmax(1), labels)
     return Targets("classification", labels, labels), torch.from_numpy(y / sums[:, None]).float()
@@ -114,13 +119,13 @@ def standardise(targets: DataFrame, train: np.ndarray) -> tuple[Targets, Tensor]
 
 def _check_classes(y: np.ndarray, labels: list[str]) -> None:
     if len(labels) < 2:
-        raise InputError(f"argument --target: every row has class {labels[0]!r}; at least 2 classes are needed")
+        raise InputError(f"argument --target: every row has class {shown(labels[0])}; at least 2 classes are needed")
     counts = np.bincount(y, minlength=len(labels))
     rarest = int(counts.argmin())
     if counts[rarest] < MIN_ROWS_PER_CLASS:
         raise InputError(
-            f"argument --target: class {labels[rarest]!r} has {counted(counts[rarest])}; a stratified 60/20/20 split "
-            f"needs at least {MIN_ROWS_PER_CLASS} rows of each class"
+            f"argument --target: class {shown(labels[rarest])} has {counted(counts[rarest])}; a stratified 60/20/20 "
+            f"split needs at least {MIN_ROWS_PER_CLASS} rows of each class"
         )
 
 
@@ -128,7 +133,9 @@ def check_numbers(targets: DataFrame) -> None:
     """Raise InputError unless the targets are numbers, of enough rows for a regression."""
     for name, column in targets.items():
         if not is_numeric(column):
-            raise InputError(f"argument --task: regression needs numbers, but column {name!r} holds {column.iloc[0]!r}")
+            raise InputError(
+                f"argument --task: regression needs numbers, but column {shown(name)} holds {no_number(column)}"
+            )
     if len(targets) < MIN_ROWS_REGRESSION:
         raise InputError(
             f"argument --csv: only {counted(len(targets))} with a target; a 60/20/20 split needs at least "

@@ -223,9 +223,11 @@ class Training:
 
     def augment(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a step, mixed and with noise if the options say so."""
-        if self.options.mixup:
-            x, y = mix(x, y, self.options.mixup, len(self.data.labels), self.row_order)
-        return (add_noise(x, self.options.noise) if self.options.noise else x), y
+        options, preprocessing = self.options, self.data.preprocessing
+        if options.mixup:
+            embedded = len(preprocessing.embedded)
+            x, y = mix(x, y, options.mixup, len(self.data.labels), embedded, self.row_order)
+        return (add_noise(x, options.noise, preprocessing.numbers) if options.noise else x), y
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Run one optimizer step in micro-batches.

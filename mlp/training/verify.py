@@ -15,13 +15,14 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ...kernels.cost import ledger
 from ...kernels.launch import HAS_TRITON, INTERPRET, Backend, backend
 from .checkpoint import atomic_write, load_checkpoint
+from .console import console
 from .data import load_data
 from .errors import InputError
 from .loss import Loss, make_loss
@@ -101,7 +102,7 @@ def table(rows: list[dict[str, float | str]]) -> Table:
     """Format the rows of `compare` as a table for the console."""
     result = Table("tensor", "shape", "max abs difference", "allowed", "", title="Triton kernels against PyTorch")
     for row in rows:
-        verdict = "[green]agrees" if agrees(row) else "[red]DIFFERS"
+        verdict = Text("agrees", "green") if agrees(row) else Text("DIFFERS", "red")
         result.add_row(
             str(row["tensor"]), str(row["shape"]), f"{row['difference']:.1e}", f"{row['allowed']:.1e}", verdict
         )
@@ -151,7 +152,7 @@ def verify(folder: Path) -> int:
     with ledger() as launched:
         rows = compare(model, batch.x[:ROWS], batch.y[:ROWS], loss)
     launches = [launch.name for launch in launched.launches]
-    Console().print(table(rows))
+    console.print(table(rows))
     different = [str(row["tensor"]) for row in rows if not agrees(row)]
     agree = bool(launches) and not different
     with atomic_write(folder / REPORT) as file:

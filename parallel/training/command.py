@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...mlp.training.checkpoint import load_checkpoint
-from ...mlp.training.command import INTERRUPTED, console, fit, introduce, show_report, verify
+from ...mlp.training.command import INTERRUPTED, fit, introduce, show_report, verify
+from ...mlp.training.console import console
 from ...mlp.training.data import Data, load_data
 from ...mlp.training.errors import CannotWrite, Diverged, InputError, Interrupted
 from ...mlp.training.optim import OPTIMIZERS

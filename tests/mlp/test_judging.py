@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,8 +55,10 @@ def test_the_temperature_undoes_a_scale_of_the_logits(factor):
 
 def test_classes_by_hand():
     found = judging.describe_classes(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ["a", "b"])
-    assert found["b"] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "F1": pytest.approx(0.8), "rows": 2}
-    assert found["macro average"]["recall"] == 0.75
+    expected = {"precision": pytest.approx(2 / 3), "recall": 1.0, "F1": pytest.approx(0.8), "rows": 2}
+    assert found["classes"]["b"] == expected
+    assert found["averages"]["macro"]["recall"] == 0.75
+    assert [each["rows"] for each in found["averages"].values()] == [4, 4]
 
 
 def test_the_interval_of_an_accuracy_is_wilsons():
@@ -68,6 +71,14 @@ def test_a_threshold_for_few_positives_is_below_one_half():
     probability = np.clip(0.05 + 0.2 * positive + rng.normal(0, 0.05, 2000), 0, 1)
     threshold = judging.choose_threshold(probability, positive)
     assert 0.1 < threshold < 0.3
+
+
+def test_a_validation_split_without_positives_chooses_no_threshold():
+    data = load_data(Source(dataset="breast_cancer"))
+    data = replace(data, val=replace(data.val, y=torch.zeros_like(data.val.y)))
+    outputs = torch.randn(len(data.test), 2), torch.randn(len(data.val), 2)
+    assert "threshold" not in judging.judge(*outputs, data, None)
+    assert "threshold" in judging.judge(*outputs, data, "benign")
 
 
 @pytest.mark.parametrize("dataset", ["iris", "linnerud", "diabetes"])
@@ -90,7 +101,8 @@ def test_a_run_is_judged(run):
     assert set(found["baselines"]) == {"majority", "logistic regression", "gradient boosting"}
     assert found["baselines"]["logistic regression"]["accuracy"] > found["baselines"]["majority"]["accuracy"]
     assert found["threshold"]["positive"] == "malignant"
-    assert set(found["classes"]) == {"malignant", "benign", "macro average", "weighted average"}
+    assert set(found["classes"]) == {"malignant", "benign"}
+    assert set(found["averages"]) == {"macro", "weighted"}
     low, high = found["intervals"]["accuracy"]
     assert low < found["test"]["accuracy"] < high
     assert found["calibration"]["before"]["bins"][0]["rows"] > 0

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fusemlp.mlp.model import MLP
 from fusemlp.mlp.training.augmentation import add_noise, balanced_order, mix
 from fusemlp.mlp.training.command import main
 from fusemlp.mlp.training.data import Source, load_data
 from fusemlp.mlp.training.head import make_head
 from fusemlp.mlp.training.loss import make_loss
 from fusemlp.mlp.training.lr_finder import RangeTest
+from fusemlp.mlp.training.net import EmbeddedMLP, embedding_width
 from fusemlp.mlp.training.predict import load_run
 from fusemlp.mlp.training.targets import Targets
 from sklearn.datasets import load_wine
@@ -73,7 +75,7 @@ def test_quantiles(tmp_path):
 
 def test_mixed_rows_are_between_two_rows_and_so_are_their_targets():
     x, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    mixed, soft = mix(x, y, 0.4, 3, torch.Generator().manual_seed(0))
+    mixed, soft = mix(x, y, 0.4, 3, 0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(soft.sum(1), torch.ones(6))
     partner = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     own = torch.nn.functional.one_hot(y, 3).float()
@@ -83,8 +85,29 @@ def test_mixed_rows_are_between_two_rows_and_so_are_their_targets():
     torch.testing.assert_close(soft, weight * own + (1 - weight) * own[partner])
 
 
-def test_noise_has_its_deviation():
-    assert add_noise(torch.zeros(10_000), 0.5).std().item() == pytest.approx(0.5, rel=0.05)
+def test_of_mixed_rows_the_vectors_of_embedded_categories_are_mixed():
+    net = EmbeddedMLP(MLP(2 + embedding_width(5) + embedding_width(4), [], 4), 2, [5, 4])
+    x = torch.cat([torch.randn(6, 2), torch.tensor([[1, 4], [2, 3], [3, 2], [4, 1], [5, 0], [0, 4.0]])], 1)
+    mixed, soft = mix(x, torch.arange(6), 0.4, 6, 2, torch.Generator().manual_seed(0))
+    # The MLP without hidden layers is affine, so that it mixes as its inputs are mixed.
+    torch.testing.assert_close(net(mixed), soft @ net(x))
+
+
+def test_noise_has_its_deviation_and_spares_categories():
+    noisy = add_noise(torch.ones(10_000, 3), 0.5, 2)
+    assert noisy[:, :2].std().item() == pytest.approx(0.5, rel=0.05)
+    assert (noisy[:, 2] == 1).all()
+
+
+@pytest.mark.parametrize("options", [["--noise", "1"], ["--mixup", "0.4"]], ids=["noise", "mixup"])
+def test_embedded_categories_survive_changes_of_the_rows(options, tmp_path):
+    rng = np.random.default_rng(0)
+    city = rng.integers(0, 12, 300)
+    table = pd.DataFrame({"city": [f"c{i}" for i in city], "x": rng.normal(size=300), "y": np.isin(city, [1, 4, 5, 9])})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    given = ["--csv", str(tmp_path / "t.csv"), "--target", "y", "--max-categories", "5", "--many-categories", "embed"]
+    found = run(tmp_path / "run", *given, *options, "--lr", "0.02", "--epochs", "15", "--dropout", "0")
+    assert found["test"]["accuracy"] > 0.95
 
 
 def test_balanced_sampling_sees_each_class_equally_often():
@@ -92,6 +115,15 @@ def test_balanced_sampling_sees_each_class_equally_often():
     drawn = y[balanced_order(y, torch.Generator().manual_seed(0))]
     assert len(drawn) == 1000
     assert drawn.float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_balanced_sampling_knows_no_largest_table():
+    # float32 cannot add up more rows, and torch.multinomial takes no more.
+    y = torch.zeros(2**24 + 1, dtype=torch.uint8)
+    y[7], y[-1] = 1, 3
+    order = balanced_order(y, torch.Generator().manual_seed(0))
+    for rare in (7, len(y) - 1):
+        assert (order == rare).float().mean().item() == pytest.approx(1 / 3, abs=1e-3)
 
 
 AUGMENTED = {

@@ -102,7 +102,20 @@ def test_unknown_and_missing_values_are_allowed(run):
 
 BAD = {
     "column": (messy().drop(columns=["age", "town"]), "the table lacks columns 'age', 'town'; the net reads"),
-    "text": (messy().assign(age="old"), "column 'age' must hold numbers"),
+    "text": (
+        messy().assign(age=[*map(str, range(41)), *["old"] * 159]),
+        "column 'age' must hold numbers, but holds 'old' in row 42",
+    ),
+    "date": (
+        messy().assign(age=pd.Timestamp("2024-01-01")),
+        "column 'age' must hold numbers, but holds Timestamp",
+    ),
+    "infinity": (
+        messy().assign(age=[41.0, -np.inf] * 100),
+        "column 'age' has infinity or a number too large for float32 in row 2: -inf",
+    ),
+    "large": (messy().assign(age=[41.0, 1.0, 1e60, 2.0] * 50), "column 'age' has .* too large for float32 in row 3"),
+    "large text": (messy().assign(age=["1", "1" + "0" * 60] * 100), "column 'age' has .* in row 2: 1e\\+60"),
     "no rows": (messy().head(0), "the table has no rows"),
 }
 
@@ -117,7 +130,7 @@ def test_the_command_writes_predictions_and_shows_the_first(run, tmp_path, capsy
     messy().tail(20).assign(more=1).to_csv(tmp_path / "new.csv", index=False, sep=";", decimal=",")
     assert main(["--predict", str(tmp_path / "new.csv"), "--out", str(run), "--to", str(tmp_path / "found.csv")]) == 0
     printed = capsys.readouterr().out
-    assert "ignored columns that the net does not read: id, more" in printed
+    assert "ignored columns that the net does not read: 'id', 'more'" in printed
     assert "true left" in printed
     expected = load_run(run).predict(messy().tail(20))
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "found.csv"), expected)

@@ -1,11 +1,15 @@
 """Tables as they come: separators, encodings, decimal signs, and what becomes of their columns."""
 
+import bz2
+import gzip
+import lzma
+
 import numpy as np
 import pandas as pd
 import pytest
 from fusemlp.mlp.training.columns import as_dates, is_date, useless
 from fusemlp.mlp.training.errors import InputError
-from fusemlp.mlp.training.preprocessing import OTHER, Preprocessing, fit_preprocessing
+from fusemlp.mlp.training.preprocessing import OTHER, Preprocessing, as_text, fit_preprocessing
 from fusemlp.mlp.training.reading import read_table
 from fusemlp.mlp.training.splitting import count_duplicates, fold_rows, split_rows
 from pandas import DataFrame, Series
@@ -57,6 +61,35 @@ def test_an_unknown_encoding_is_one_line(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"--csv: .* unknown encoding: magic"):
         read_table(str(path), encoding="magic")
+
+
+FOREIGN = {
+    "gzip": (gzip.compress(b"a,b\n1,2\n"), "a gzip file"),
+    "bzip2": (bz2.compress(b"a,b\n1,2\n"), "a bzip2 file"),
+    "xz": (lzma.compress(b"a,b\n1,2\n"), "an xz file"),
+    "workbook": (b"PK\x03\x04\x14\x00\x06\x00", r"an Excel workbook \(.xlsx\)"),
+    "Parquet": (b"PAR1\x15\x04\nPAR1", "a Parquet file, whose name must end in .parquet"),
+    "JSON": (b'\xef\xbb\xbf[\n  {"a": 1}\n]', "a JSON file"),
+    "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "a JSON file"),
+    "HTML": (b"\n<!DOCTYPE html><html>Please log in</html>", "an XML or HTML file"),
+    "ARFF": (b"% remarks\n@RELATION iris\n@data\n1,2\n", "an ARFF file"),
+    "NumPy": (b"\x93NUMPY\x01\x00", "a NumPy file"),
+}
+
+
+@pytest.mark.parametrize(("raw", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_the_format_of_a_file_that_is_no_csv_is_said(raw, message, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=f"--csv: .* cannot be read as a CSV file: it is .*{message}"):
+        read_table(str(path))
+
+
+@pytest.mark.parametrize("header", ["PAR1", "[a]", "<a>", "%", "{x}"])
+def test_headers_that_look_like_another_format(header, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{header},b\n1,2\n")
+    assert list(read_table(str(path))) == [header, "b"]
 
 
 ROWS = 40
@@ -159,6 +192,18 @@ def test_scaling(scaling):
 
 
 @pytest.mark.parametrize("scaling", ["standard", "whiten"])
+def test_numbers_too_far_from_the_training_rows_are_named(scaling):
+    rng = np.random.default_rng(0)
+    seen = DataFrame(
+        {"a": rng.normal(size=50), "day": pd.date_range("2024-01-01", periods=50), "b": rng.normal(size=50)}
+    )
+    preprocessing = fit_preprocessing(seen.assign(b=1e-6 * seen["b"]), scaling, 10, "group")
+    new = seen.assign(b=np.where(seen.index == 3, 1e36, 0)).iloc[2:]
+    with pytest.raises(InputError, match=r"--csv: column 'b' has 1e\+36 in row 4, too far from the training rows"):
+        preprocessing.check_rows(preprocessing.transform(new), new, "--csv")
+
+
+@pytest.mark.parametrize("scaling", ["standard", "whiten"])
 def test_a_part_of_the_rows_becomes_the_same_bits(scaling):
     frame = cities().assign(z=lambda f: f["x"] ** 2, d="2024-05-06")
     preprocessing = fit_preprocessing(frame, scaling, 8, "group")
@@ -171,6 +216,39 @@ def test_whole_numbers_that_become_categories_are_told_without_a_point():
     seen = DataFrame({"code": Series(["1", "2", "x"])})
     preprocessing = fit_preprocessing(seen, "standard", 10, "group")
     assert preprocessing.transform(DataFrame({"code": [1.0, np.nan]}))[0].tolist() == [1, 0, 0]
+
+
+TRUTHS = {
+    "numbers": [1, 0, 1],
+    "numbers with a gap": [1.0, 0.0, 1.0, None],
+    "text": ["TRUE", "false", "1"],
+    "beside other text": ["true", "FALSE", "True", "maybe"],
+}
+
+
+@pytest.mark.parametrize("new", TRUTHS.values(), ids=TRUTHS)
+def test_truth_values_are_known_however_they_are_written(new):
+    preprocessing = fit_preprocessing(DataFrame({"t": [True, False, True]}), "standard", 10, "group")
+    assert preprocessing.transform(DataFrame({"t": new}))[:3].tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_spaces_around_a_category_mean_nothing():
+    preprocessing = fit_preprocessing(DataFrame({"c": ["Ulm", "Ulm ", "Bonn"]}), "standard", 10, "group")
+    assert preprocessing.columns[0].categories == ["Bonn", "Ulm"]
+    assert preprocessing.transform(DataFrame({"c": [" Bonn "]})).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (Series([1e30, 2.0]), ["1e+30", "2.0"]),
+        (Series([2**64 - 1, 2], dtype="uint64"), ["18446744073709551615", "2"]),
+        (Series([None, None], dtype="Int64"), ["missing", "missing"]),
+    ],
+    ids=["floats", "unsigned", "nullable"],
+)
+def test_numbers_of_any_size_and_kind_can_be_categories(values, expected):
+    assert as_text(values).tolist() == expected
 
 
 def test_a_split_by_time_tests_on_the_latest_rows():

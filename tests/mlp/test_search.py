@@ -8,6 +8,7 @@ from fusemlp.mlp.training import metrics, report
 from fusemlp.mlp.training.command import main
 
 optuna = pytest.importorskip("optuna")
+make_sampler = pytest.importorskip("fusemlp.mlp.training.search").make_sampler
 SMALL = "--dataset iris --no-verify --no-baselines --threads 1 --epochs 3".split()  # noqa: SIM905
 
 
@@ -38,11 +39,20 @@ def test_the_winner_of_a_search_can_go_on_for_longer(tmp_path):
     assert len(pd.read_csv(tmp_path / "history.csv")) == 5
 
 
-def test_a_search_goes_on_from_its_storage(tmp_path):
-    storage = ["--storage", str(tmp_path / "trials.db"), "--sampler", "random", "--overwrite"]
-    for count in (2, 3):
+def test_a_search_goes_on_from_its_storage_with_other_trials(tmp_path):
+    storage = ["--storage", str(tmp_path / "100%20?[b].db"), "--sampler", "random", "--overwrite"]
+    for count in (1, 2):
         assert main([*SMALL, "--search", str(count), *storage, "--out", str(tmp_path / "run")]) == 0
-        assert len(pd.read_csv(tmp_path / "run" / "trials.csv")) == count
+        trials = pd.read_csv(tmp_path / "run" / "trials.csv")
+        assert len(trials) == trials["params_lr"].nunique() == count
+    assert (tmp_path / "100%20?[b].db").exists()
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_sampler_that_goes_on_draws_other_numbers(name):
+    studies = [optuna.create_study(sampler=make_sampler(name, 0, trials)) for trials in (0, 1)]
+    one, other = (study.ask().suggest_float("lr", 0, 1) for study in studies)
+    assert one != other
 
 
 def test_a_seed_decides_the_trials(tmp_path):
