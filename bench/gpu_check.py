@@ -53,18 +53,9 @@ PASSED = "passed"
 BENCHMARKS = {"nets": "mlp", "operations": "ops"}
 CASES = {"nets": NETS, "operations": OPERATIONS}
 CORRECTNESS = (
-    *("functional", "modules", "model", "chain", "devices", "distributed", "block", "recompute", "fuse"),
-    *(
-        "batch_norm",
-        "layer_norm",
-        "residual",
-        "dropout",
-        "fold",
-        "cross_entropy",
-        "linear_cross_entropy",
-        "lectures",
-        "opinfo",
-    ),
+    *("functional", "modules", "model", "chain", "devices", "distributed", "block", "recompute", "fuse", "patch"),
+    *("batch_norm", "layer_norm", "residual", "dropout", "fold", "cross_entropy", "linear_cross_entropy"),
+    *("batched_gradients", "compile", "lectures", "opinfo"),
 )
 TESTS = {
     "gpu": ["tests/mlp/test_gpu.py"],

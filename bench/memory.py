@@ -83,7 +83,7 @@ def cases(quick: bool) -> list[NetCase]:
 
 
 def activation_bytes(case: NetCase, variant: Variant) -> int:
-    """What autograd keeps, by the formulas of the module's docstring, with the statistics of batch norm in float32."""
+    """What autograd keeps, by the formulas of the module's docstring, and the statistics of batch norm."""
     s, M, K = variant.dtype.itemsize, case.rows, case.in_features
     total = s * M * K if variant.library == "fusemlp" and K % 8 else 0
     for N in case.hidden_features:
@@ -91,7 +91,7 @@ def activation_bytes(case: NetCase, variant: Variant) -> int:
         if variant.library == "torch" and case.batch_norm:
             total += 3 * matrix + M * N + 2 * 4 * N
         elif case.batch_norm:
-            total += (1 if variant.checkpoint else 2) * matrix + 2 * 4 * N + 8  # 8 for the seed
+            total += (1 if variant.checkpoint else 2) * matrix + 2 * 8 * N + 8  # statistics are float64; 8 for the seed
         elif case.activation != "relu":
             total += (1 if variant.checkpoint else 2) * matrix
         else:

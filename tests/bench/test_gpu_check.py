@@ -127,19 +127,9 @@ def test_every_test_of_a_section_has_its_place(tmp_path):
     """No test file of the kernels or of what runs on them is in none of the sections, and none is in two."""
     files = [gpu_check.commands(section, tmp_path)[0] for section in ("gpu", "correctness")]
     named = [argument for command in files for argument in command if argument.startswith("tests/mlp/")]
-    on_the_cpu = {
-        "checkpoint",
-        "cli",
-        "clients",
-        "data",
-        "explain",
-        "graphed_step",
-        "judging",
-        "learning",
-        "predict",
-        "reading",
-    }
-    on_the_cpu |= {"recover", "search", "tables", "tools", "train", "verify"}
+    on_the_cpu = {"checkpoint", "cli", "clients", "data", "explain", "graphed_step", "judging", "learning", "names"}
+    on_the_cpu |= {"predict", "reading", "recover", "search", "tables", "tools", "train", "verify"}
+    on_the_cpu |= {"beyond_the_kernels", "calls", "errors", "fuse_sweep", "signatures", "strides"}
     assert sorted(named) == sorted(
         f"tests/mlp/{path.name}"
         for path in (ROOT / "tests" / "mlp").glob("test_*.py")
