@@ -95,7 +95,7 @@ def explain(*tensors: Tensor | None, product: bool = True) -> Choice:
 
 
 def obstacle(tensors: Iterable[Tensor]) -> str | None:
-    """Why kernels cannot be given these tensors here and now, on any device; None if they can."""
+    """Why no kernel can take these tensors at this point of the program, on whatever device; None if one can."""
     compiling = torch.compiler.is_compiling()
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_nested:

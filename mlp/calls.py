@@ -311,10 +311,9 @@ class _Self(_StandIn):
     def __getitem__(self, index: Any) -> _Callable:
         run: _Run = _about(self)
         names = [*run.module._modules]
+        indexed = getattr(type(run.module), "__getitem__", None) is nn.Sequential.__getitem__
         # An index from the end leads elsewhere after a child is appended.
-        if getattr(type(run.module), "__getitem__", None) is not nn.Sequential.__getitem__ or index not in range(
-            len(names)
-        ):
+        if not indexed or index not in range(len(names)):
             raise _does_more("getitem")
         return _child(names[index], run)
 

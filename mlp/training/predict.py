@@ -97,7 +97,7 @@ class Run:
         Returns:
             A row for each row. Its first column is the number of the row from 1. Classification: the class, and the
             probability of every class. Regression: the targets in their own units, and their quantiles if the net was
-            trained for them. Columns of targets have their names; one of ours that is like them gets underscores.
+            trained for them. Columns of targets keep their names; another column of such a name gets underscores.
 
         Raises:
             InputError: As `outputs`; also if the run has no temperature.

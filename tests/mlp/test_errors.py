@@ -1,4 +1,4 @@
-"""What PyTorch's callers catch is what they catch of ours: each error is of the class that PyTorch raises."""
+"""Each error has the class of the error that PyTorch raises, so that code which catches PyTorch's catches ours."""
 
 import pytest
 import torch
