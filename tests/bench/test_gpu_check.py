@@ -129,7 +129,7 @@ def test_every_test_of_a_section_has_its_place(tmp_path):
     named = [argument for command in files for argument in command if argument.startswith("tests/mlp/")]
     on_the_cpu = {"checkpoint", "cli", "clients", "data", "explain", "graphed_step", "judging", "learning", "names"}
     on_the_cpu |= {"predict", "reading", "recover", "search", "tables", "tools", "train", "verify"}
-    on_the_cpu |= {"beyond_the_kernels", "calls", "errors", "fuse_sweep", "signatures", "strides"}
+    on_the_cpu |= {"beyond_the_kernels", "calls", "errors", "fuse_sweep", "fuse_traces", "signatures", "strides"}
     assert sorted(named) == sorted(
         f"tests/mlp/{path.name}"
         for path in (ROOT / "tests" / "mlp").glob("test_*.py")
